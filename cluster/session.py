@@ -1,0 +1,151 @@
+"""The Ray cluster and the Serve app in it: connect, start here, deploy, wait until ready, stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import InvalidSettings, NotFound, Unavailable
+from cluster.settings import MIB
+
+LOCAL_OBJECT_STORE_BYTES = 512 * MIB
+READY_TIMEOUT_S = 300.0
+POLL_S = 0.5
+UNHEALTHY = ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+def connect() -> None:
+    """Join the running cluster: that of the Ray job this runs in, else RAY_ADDRESS, else one on this machine.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unavailable(
+            "no Ray cluster answers: start one with `make serve`, or submit this with `ray job submit`"
+        ) from error
+
+
+def replicas(app: str) -> dict[str, int]:
+    """Running replicas by deployment. Raises NotFound if the app is not deployed."""
+    from ray import serve
+
+    application = serve.status().applications.get(app)
+    if application is None:
+        raise NotFound(f"the Serve app {app!r} is not deployed on this cluster: `serve deploy deploy/serve.local.yaml`")
+    return {name: one.replica_states.get("RUNNING", 0) for name, one in application.deployments.items()}
+
+
+@dataclass(frozen=True)
+class Session:
+    """A cluster that was started here."""
+
+    dashboard: str
+    http: str
+
+
+@contextmanager
+def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Session]:
+    """A Ray cluster on this machine with the Serve config (as of `serve deploy`) running in it, for the length of the
+    `with`. Listens on loopback only. Ports that are taken are replaced by free ones.
+
+    Raises:
+        InvalidSettings: Serve refused the config. Unavailable: the app did not become ready.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported, by jobs and replicas as well
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    import ray
+    from ray import serve
+
+    folder = tempfile.mkdtemp(prefix="cellray-", dir="/tmp")  # short: Ray's socket paths may have 107 bytes
+    http = {"host": "127.0.0.1", "port": 8000} | dict(config.get("http_options") or {})
+    http["port"] = _free_port(http["port"])
+    try:
+        say("starting Ray")
+        context = ray.init(
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=_free_port(8265),
+            _temp_dir=folder,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        dashboard = f"http://{context.dashboard_url}"
+        say("deploying")
+        _deploy(dashboard, {**config, "http_options": http})
+        _wait_until_ready([app["name"] for app in config["applications"]], say)
+        yield Session(dashboard, f"http://{http['host']}:{http['port']}")
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _deploy(dashboard: str, config: Mapping[str, Any]) -> None:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    try:
+        ServeSubmissionClient(dashboard).deploy_applications(dict(config))
+    except RuntimeError as error:
+        raise InvalidSettings(f"Serve refused the configuration: {error}") from error
+
+
+def _wait_until_ready(names: list[str], say: Callable[[str], None]) -> None:
+    from ray import serve
+
+    deadline, said = time.monotonic() + READY_TIMEOUT_S, ""
+    while time.monotonic() < deadline:
+        found = serve.status().applications
+        for name in names:
+            if name in found and found[name].status in UNHEALTHY:
+                reasons = [found[name].message, *(one.message for one in found[name].deployments.values())]
+                raise Unavailable(f"the app {name} did not start: {_last_line(reasons)}")
+        if all(name in found and found[name].status == "RUNNING" for name in names):
+            return
+        missing = [
+            deployment
+            for name in names
+            if name in found
+            for deployment, one in found[name].deployments.items()
+            if one.status != "HEALTHY"
+        ]
+        text = "waiting for " + (", ".join(missing) or "the app")
+        if text != said:
+            say(text)
+            said = text
+        time.sleep(POLL_S)
+    raise Unavailable(f"not ready after {READY_TIMEOUT_S:.0f} s: still {said}")
+
+
+def _last_line(reasons: list[str]) -> str:
+    """The line of a replica's traceback that says what went wrong."""
+    lines = [line.strip() for reason in reasons for line in reason.splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("cluster.errors.")]
+    return (ours or lines or ["no reason given"])[-1]
+
+
+def _free_port(wanted: int) -> int:
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+            except OSError:
+                continue
+    raise Unavailable("no free port on 127.0.0.1")

@@ -1,0 +1,151 @@
+"""Settings: one YAML file, read here and nowhere else, frozen once read.
+
+Precedence, lowest first: the defaults below, the file (`--config`, else `CELLRAY_CONFIG`), `CELLRAY_*` environment
+variables (`CELLRAY_STORAGE__ENDPOINT_URL` sets `storage.endpoint_url`), arguments. Unknown keys are refused, in the
+environment too. Credentials are no settings: the S3 client takes them from the node's environment or mounted files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from cluster.errors import InvalidSettings
+
+MIB = 1 << 20
+ENV_PREFIX = "CELLRAY_"
+CONFIG_VARIABLE = "CELLRAY_CONFIG"
+MAX_CONFIG_BYTES = MIB
+PUBLIC_WEIGHTS = "https://dl.fbaipublicfiles.com/segment_anything/"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StorageSettings(Frozen):
+    """How `s3://` is reached. Times are in seconds."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint; empty means AWS or AWS_ENDPOINT_URL")
+    region: str | None = None
+    anonymous: bool = Field(False, description="read public buckets without credentials")
+    connect_timeout_s: PositiveFloat = 5
+    read_timeout_s: PositiveFloat = 60
+    attempts: PositiveInt = Field(4, description="tries of one S3 call, the first included")
+
+
+class ModelSettings(Frozen):
+    """One named model: where its checkpoint comes from and how it is run."""
+
+    source: str = Field(description="a path, https://…, s3://…, or seeded:ARCHITECTURE:SEED (random weights)")
+    sha256: str | None = Field(None, description="start of the file's sha256, at least 6 hex digits")
+    licence: str = "unknown"
+    runtime: str = Field("reference", description="how the encoder and decoder are computed")
+
+
+DEFAULT_MODELS: dict[str, dict[str, str]] = {
+    "nano": {"source": "seeded:nano:0", "licence": "Apache-2.0"},
+    "sam_vit_b": {
+        "source": PUBLIC_WEIGHTS + "sam_vit_b_01ec64.pth",
+        "sha256": "01ec64",
+        "licence": "Apache-2.0",
+    },
+    "sam_vit_l": {
+        "source": PUBLIC_WEIGHTS + "sam_vit_l_0b3195.pth",
+        "sha256": "0b3195",
+        "licence": "Apache-2.0",
+    },
+    "sam_vit_h": {
+        "source": PUBLIC_WEIGHTS + "sam_vit_h_4b8939.pth",
+        "sha256": "4b8939",
+        "licence": "Apache-2.0",
+    },
+}
+
+
+class Limits(Frozen):
+    """Bounds on what one input may cost. Each refuses with a clear error; none truncates."""
+
+    image_bytes: PositiveInt = Field(256 * MIB, description="largest image file, and largest HTTP body")
+    image_pixels: PositiveInt = Field(100_000_000, description="largest width × height, checked before decoding")
+    prompts: PositiveInt = Field(4096, description="most prompts for one image in one request")
+    request_timeout_s: PositiveFloat = Field(600, description="longest wait for one answer of a replica")
+    cache_bytes: PositiveInt = Field(512 * MIB, description="embeddings that one ingress replica keeps in memory")
+
+
+class Settings(Frozen):
+    """Everything that driver, workers and replicas must agree on."""
+
+    storage: StorageSettings = StorageSettings()
+    weights_dir: str = Field("~/.cache/cellray/weights", description="where checkpoints are kept, split, on a node")
+    models: dict[str, ModelSettings] = Field(default_factory=dict, description="by name; added to the built-in table")
+    datasets: tuple[str, ...] = Field((), description="outputs of jobs.embed whose embeddings the service answers from")
+    limits: Limits = Limits()
+
+
+def load(config: str | None = None, environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
+    """Read the settings; `config` is a path or an `s3://` URI, `arguments` are top-level keys that win over all.
+
+    Raises:
+        InvalidSettings: the file is missing or no YAML mapping, or a key or value does not fit.
+    """
+    environ = os.environ if environ is None else environ
+    from_environment = _environment(environ)
+    config = config or environ.get(CONFIG_VARIABLE) or None
+    values = _merge(_read(config, from_environment) if config else {}, from_environment)
+    values = _merge(values, {key: value for key, value in arguments.items() if value is not None})
+    values["models"] = _merge(DEFAULT_MODELS, values.get("models") or {})
+    return _validate(values, config or "the defaults and CELLRAY_* variables")
+
+
+def _read(config: str, from_environment: dict[str, Any]) -> dict[str, Any]:
+    from cluster.storage import Storage  # storage needs StorageSettings: the import runs back only here
+
+    bootstrap = _validate({"storage": from_environment.get("storage", {})}, "CELLRAY_STORAGE__*")
+    text = Storage(bootstrap.storage).read(config, MAX_CONFIG_BYTES)
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"{config} is not valid YAML: {error}") from error
+    if not isinstance(values or {}, dict):
+        raise InvalidSettings(f"{config} must be a YAML mapping of settings, found a {type(values).__name__}")
+    return values or {}
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        *parents, leaf = variable.removeprefix(ENV_PREFIX).lower().split("__")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InvalidSettings(f"{variable} is not a valid YAML value: {error}") from error
+    return values
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _validate(values: dict[str, Any], where: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":  # the value may be a secret put in the wrong place: not shown
+            raise InvalidSettings(f"{where}: {key} is no setting; see cluster/settings.py for all of them") from None
+        raise InvalidSettings(f"{where}: {key}: {first['msg']} (found {first['input']!r})") from error

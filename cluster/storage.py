@@ -1,0 +1,270 @@
+"""The one seam to files: a local path or an `s3://` URI, same calls, our errors.
+
+`publish` is create-only and whole: a reader sees all of the file or none, and nothing is ever overwritten. The lost
+reply (our PUT landed, the retry is told "exists") is told from a conflict by reading back and comparing sha256.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from cluster.errors import CellrayError, Conflict, Forbidden, InvalidInput, NotFound, TooLarge, Unavailable
+from cluster.settings import MIB, StorageSettings
+
+S3 = "s3://"
+CHUNK = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A listed file: its URI, and its size in bytes."""
+
+    uri: str
+    size: int
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith(S3)
+
+
+def absolute(uri: str) -> str:
+    """The URI as data sets record it: `s3://bucket/key`, or an absolute local path.
+
+    Raises:
+        InvalidInput: the scheme is neither, e.g. `http://`, `gs://`.
+    """
+    if is_s3(uri):
+        if not uri.removeprefix(S3).strip("/"):
+            raise InvalidInput(f"{uri!r} names no bucket; expected s3://BUCKET/PREFIX")
+        return uri.rstrip("/")
+    if "://" in uri:
+        raise InvalidInput(f"{uri!r} is neither a local path nor s3://…; no other scheme is read")
+    if not uri or "\0" in uri:
+        raise InvalidInput(f"{uri!r} is not a path")
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+class Storage:
+    """Reads and publishes files. Holds settings only until first use, so it travels to workers by pickle."""
+
+    def __init__(self, settings: StorageSettings | None = None) -> None:
+        self.settings = settings or StorageSettings()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings}
+
+    @cached_property
+    def _s3(self) -> Any:
+        import s3fs
+
+        return s3fs.S3FileSystem(
+            anon=self.settings.anonymous,
+            endpoint_url=self.settings.endpoint_url,
+            use_listings_cache=False,
+            client_kwargs={"region_name": self.settings.region} if self.settings.region else {},
+            config_kwargs={
+                "connect_timeout": self.settings.connect_timeout_s,
+                "read_timeout": self.settings.read_timeout_s,
+                "retries": {"mode": "standard", "total_max_attempts": self.settings.attempts},
+            },
+        )
+
+    def list(self, uri: str) -> Iterator[File]:
+        """Files at or below `uri` in a fixed order; hidden ones (a dot or underscore first) are passed over.
+
+        Raises:
+            NotFound: nothing is there.
+        """
+        uri = absolute(uri)
+        with _mapped(uri):
+            if not is_s3(uri):
+                yield from _walk(uri)
+                return
+            listed = self._s3.find(uri, detail=True)
+            if not listed:
+                self._s3.info(uri.removeprefix(S3).split("/")[0])  # an absent bucket is an error of its own
+                raise NotFound(f"{uri} holds no objects: check the bucket and the prefix")
+            for key, entry in sorted(listed.items()):
+                below = key.removeprefix(uri.removeprefix(S3))
+                if entry["size"] and not any(part[:1] in "._" for part in below.strip("/").split("/") if part):
+                    yield File(S3 + key, entry["size"])
+
+    def size(self, uri: str) -> int:
+        """Bytes of one file. Raises NotFound where there is none."""
+        with _mapped(uri):
+            if is_s3(uri):
+                info = self._s3.info(uri)
+                if info["type"] != "file":
+                    raise NotFound(f"{uri} is a prefix, expected an object")
+                return int(info["size"])
+            if os.path.isdir(uri):
+                raise NotFound(f"{uri} is a folder, expected a file")
+            return os.stat(uri).st_size
+
+    def exists(self, uri: str) -> bool:
+        try:
+            self.size(uri)
+        except NotFound:
+            return False
+        return True
+
+    def read(self, uri: str, limit: int) -> bytes:
+        """The whole file, refused if it is over `limit` bytes.
+
+        Raises:
+            TooLarge, NotFound, Forbidden, Unavailable
+        """
+        with _mapped(uri), self.open(uri) as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise TooLarge(f"{uri} is larger than the limit of {limit} bytes")
+        return data
+
+    def open(self, uri: str, block_bytes: int = 4 * MIB) -> IO[bytes]:
+        """A seekable file, for readers that fetch ranges. S3 fetches nothing ahead of what is asked for."""
+        with _mapped(uri):
+            if is_s3(uri):
+                return self._s3.open(uri, "rb", block_size=block_bytes, cache_type="none")
+            return open(uri, "rb")
+
+    def publish(self, uri: str, content: bytes | Path) -> None:
+        """Create `uri` with `content` (bytes, or a local file), whole or not at all; never overwrites.
+
+        Succeeds if `uri` exists with the very same bytes: that is our own earlier write.
+
+        Raises:
+            Conflict: `uri` exists with other bytes, which are kept.
+        """
+        with _mapped(uri):
+            try:
+                if not is_s3(uri):
+                    _link(Path(uri), content)
+                elif isinstance(content, bytes):
+                    self._s3.pipe_file(uri, content, mode="create")
+                else:
+                    self._s3.put_file(str(content), uri, mode="create")
+                return
+            except OSError as error:
+                if not _says_exists(error):
+                    raise
+        if self.sha256(uri) != _sha256(content):
+            raise Conflict(f"{uri} exists with other content; it is kept. Choose another output")
+
+    def overwrite(self, uri: str, content: bytes) -> None:
+        """Write `uri`, replacing what is there: for reports, never for data."""
+        with _mapped(uri):
+            if is_s3(uri):
+                self._s3.pipe_file(uri, content)
+            else:
+                temporary = _temporary_beside(Path(uri), content)
+                os.replace(temporary, uri)
+
+    def sha256(self, uri: str) -> str:
+        digest = hashlib.sha256()
+        with self.open(uri) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _walk(uri: str) -> Iterator[File]:
+    if os.path.isfile(uri):
+        yield File(uri, os.path.getsize(uri))
+        return
+    if not os.path.isdir(uri):
+        raise NotFound(f"{uri} does not exist; expected a folder of images, one image, or s3://…")
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(uri, onerror=refuse):
+        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if name[0] not in "._" and os.path.isfile(path):
+                yield File(path, os.path.getsize(path))
+
+
+def _temporary_beside(path: Path, content: bytes | Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as target:
+            if isinstance(content, bytes):
+                target.write(content)
+            else:
+                with content.open("rb") as source:
+                    while chunk := source.read(CHUNK):
+                        target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+        os.chmod(temporary, 0o644)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _link(path: Path, content: bytes | Path) -> None:
+    temporary = _temporary_beside(path, content)
+    try:
+        os.link(temporary, path)  # fails where the name exists, unlike rename
+    finally:
+        os.unlink(temporary)
+
+
+def _sha256(content: bytes | Path) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _says_exists(error: OSError) -> bool:
+    """Servers differ in how they refuse a create-only PUT: 412 as "exists", or as a bare EINVAL (see s3fs)."""
+    return isinstance(error, FileExistsError) or "precondition" in str(error).lower()
+
+
+@contextmanager
+def _mapped(uri: str) -> Iterator[None]:
+    """The only place where the errors of operating system, s3fs and botocore become ours."""
+    try:
+        yield
+    except CellrayError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(f"{uri} was not found") from error
+    except PermissionError as error:
+        advice = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the policy" if is_s3(uri) else "check its mode"
+        raise Forbidden(f"no permission for {uri}: {advice}") from error
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        raise InvalidInput(f"{uri} cannot be used: {error.strerror or error}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise Unavailable(f"{uri} was not written: the disk is full") from error
+        if error.errno in (errno.EINVAL, errno.ENAMETOOLONG):
+            raise InvalidInput(f"{uri} was refused: {error}") from error
+        raise Unavailable(f"{uri} could not be reached: {error or type(error).__name__}") from error
+    except Exception as error:
+        name = type(error).__name__
+        if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+            raise Forbidden(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        if name == "ParamValidationError":
+            raise InvalidInput(f"{uri} is not a valid S3 address") from error
+        if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")) or isinstance(error, TimeoutError):
+            raise Unavailable(f"{uri} could not be reached: {error}") from error
+        raise

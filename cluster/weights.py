@@ -1,0 +1,117 @@
+"""Where checkpoints come from: a file, `https://…` or `s3://…`, checked by sha256 before anything reads them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from cluster.errors import InvalidCheckpoint, InvalidSettings, NotFound, Unavailable
+from cluster.settings import MIB, ModelSettings
+from cluster.storage import Storage, absolute, is_s3
+
+SEEDED = "seeded:"
+MAX_CHECKPOINT_BYTES = 16 << 30
+DOWNLOAD_TIMEOUT_S = 60  # without a byte
+CHUNK = 4 * MIB
+
+
+def is_seeded(source: str) -> bool:
+    """Whether a source is `seeded:ARCHITECTURE:SEED`, random weights made on the spot."""
+    return source.startswith(SEEDED)
+
+
+def seed_of(source: str) -> tuple[str, int]:
+    """`seeded:nano:0` → ("nano", 0)."""
+    try:
+        _, architecture, seed = source.split(":")
+        return architecture, int(seed)
+    except ValueError:
+        raise InvalidSettings(f"{source!r} is no source of weights; expected seeded:ARCHITECTURE:SEED") from None
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """One process a node at a time; the others wait. Released by the system if the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]]:
+    """(path, sha256) of the checkpoint, for the length of the `with`; a download is removed after it.
+
+    Raises:
+        NotFound, Forbidden, Unavailable: the source cannot be read.
+        InvalidCheckpoint: its sha256 is not the one in the settings; the file was not opened.
+        InvalidSettings: plain http without a sha256.
+    """
+    source = model.source
+    if "://" not in source:
+        path = Path(absolute(source))
+        if not path.is_file():
+            raise NotFound(f"there is no checkpoint at {path}")
+        yield path, _checked(path, model)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="cellray-weights-"))
+    try:
+        path = folder / (source.rsplit("/", 1)[-1] or "checkpoint")
+        with path.open("wb") as target:
+            if is_s3(source):
+                with storage.open(source) as remote:
+                    _copy(remote, target, source)
+            else:
+                _download(source, target, model)
+        yield path, _checked(path, model)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(source: str, target: IO[bytes], model: ModelSettings) -> None:
+    if not source.startswith("https://") and not (source.startswith("http://") and model.sha256):
+        raise InvalidSettings(f"{source}: expected https://, s3://, a path, or http:// with a sha256 in the settings")
+    try:
+        with urllib.request.urlopen(source, timeout=DOWNLOAD_TIMEOUT_S) as remote:
+            expected = int(remote.headers.get("Content-Length") or 0)
+            _copy(remote, target, source)
+            if expected and target.tell() != expected:
+                raise Unavailable(f"{source} was cut short: {target.tell()} of {expected} bytes; try again")
+    except urllib.error.HTTPError as error:
+        kind = Unavailable if error.code >= 500 else NotFound
+        raise kind(f"{source} answered {error.code} {error.reason}") from error
+    except OSError as error:
+        raise Unavailable(f"{source} could not be downloaded: {getattr(error, 'reason', None) or error}") from error
+
+
+def _copy(remote: IO[bytes], target: IO[bytes], source: str) -> None:
+    while chunk := remote.read(CHUNK):
+        target.write(chunk)
+        if target.tell() > MAX_CHECKPOINT_BYTES:
+            raise InvalidCheckpoint(f"{source} is over {MAX_CHECKPOINT_BYTES >> 30} GiB, not a checkpoint known here")
+
+
+def _checked(path: Path, model: ModelSettings) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if model.sha256 and not digest.startswith(model.sha256.lower()):
+        raise InvalidCheckpoint(
+            f"{model.source} has sha256 {digest[:12]}…, the settings expect {model.sha256[:12]}…: "
+            "the file is damaged or another one"
+        )
+    return digest
+
+
+def cache_folder(weights_dir: str, name: str, identity: str) -> Path:
+    """The folder on this node that keeps a split model; another source of the same name gets another folder."""
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return Path(os.path.expanduser(weights_dir)) / f"{name}-{key}"

@@ -1,0 +1,245 @@
+"""What every job's command shares: arguments, the cluster, progress, the report, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from cluster import settings as settings_module
+from cluster.errors import CellrayError, InvalidInput
+from cluster.settings import Settings
+from cluster.storage import Storage, absolute, join
+from cluster.telemetry import configure_logging, peak_rss_mb
+from jobs.plan import DEFAULT_SHARD_IMAGES, Plan
+from jobs.shards import Progress, run
+from serve_app import dataset
+from serve_app.contract import ModelInfo
+
+EXIT_OK, EXIT_ERRORS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+DEFAULT_MAX_ERROR_RATE = 0.1
+LINE_EVERY_S = 10.0
+DEFAULT_PARALLEL = 2
+DEFAULT_BATCH = 8
+
+log = logging.getLogger(__name__)
+
+
+def parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Arguments that all jobs have."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m jobs.{name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("input", metavar="INPUT", help="a folder of images, one image, or s3://BUCKET/PREFIX")
+    made.add_argument("output", metavar="OUTPUT", help="the data set to write: a folder or s3://BUCKET/PREFIX")
+    made.add_argument("--model", required=True, help="a model that the Serve app serves, e.g. nano or sam_vit_b")
+    made.add_argument("--config", help="settings YAML, a path or s3://… (default: CELLRAY_CONFIG)")
+    made.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
+    made.add_argument(
+        "--max-error-rate",
+        type=_share,
+        default=DEFAULT_MAX_ERROR_RATE,
+        metavar="SHARE",
+        help="exit with 1 if a greater share of the images failed (default: %(default)s)",
+    )
+    tuning = made.add_argument_group("tuning")
+    tuning.add_argument(
+        "--parallel",
+        type=_positive,
+        default=DEFAULT_PARALLEL,
+        metavar="N",
+        help="shards at a time, a CPU core each (default: %(default)s); a few for each GPU replica",
+    )
+    tuning.add_argument(
+        "--shard-images",
+        type=_positive,
+        default=DEFAULT_SHARD_IMAGES,
+        metavar="N",
+        help=f"images a shard, at most {dataset.MAX_ROWS_A_FILE} (default: %(default)s); what a kill can cost",
+    )
+    tuning.add_argument(
+        "--batch", type=_positive, default=DEFAULT_BATCH, metavar="N", help="images a call (default: %(default)s)"
+    )
+    tuning.add_argument(
+        "--progress-every",
+        type=float,
+        default=LINE_EVERY_S,
+        metavar="SECONDS",
+        help="between lines where there is no terminal for a bar (default: %(default)s)",
+    )
+    return made
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return value
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job about to run: what its arguments and settings came to."""
+
+    name: str
+    arguments: argparse.Namespace
+    settings: Settings
+    storage: Storage
+    input: str
+    output: str
+
+
+def main(name: str, made: argparse.ArgumentParser, work: Callable[[Job], int], argv: Sequence[str] | None) -> int:
+    """Parse, run `work`, and turn every expected error into one line and an exit code."""
+    arguments = made.parse_args(argv)
+    configure_logging(logging.WARNING)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        settings = settings_module.load(arguments.config)
+        job = Job(
+            name, arguments, settings, Storage(settings.storage), absolute(arguments.input), absolute(arguments.output)
+        )
+        return work(job)
+    except CellrayError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, InvalidInput) else EXIT_ERRORS
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted. Committed shards are kept; the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def execute(
+    job: Job,
+    plan: Plan,
+    task: Any,
+    context: tuple[Any, ...],
+    shards: list[Sequence[Any]],
+    model: ModelInfo,
+    replicas: dict[str, int],
+) -> int:
+    """Freeze the plan, run the shards that are not committed yet, report. Returns the exit code."""
+    started = time.perf_counter()
+    images = sum(map(len, shards))
+    resumed = plan.freeze(job.storage, job.output)
+    committed = {}
+    if resumed:
+        records = dataset.open(job.output, job.storage).records
+        committed = {record.shard: record for record in records if record.job == job.name}
+    work = [(index, chosen) for index, chosen in enumerate(shards) if index not in committed]
+    before = sum(len(shards[index]) for index in committed)
+    if before:
+        print(f"{job.name}: resuming, {before} of {images} images are committed", flush=True)
+    if not model.trained:
+        print(f"{job.name}: model {model.name} is untrained: random weights, its numbers mean nothing", flush=True)
+    metadata = {
+        "fingerprint": plan.fingerprint,
+        "model": model.name,
+        "licence": model.licence,
+        "trained": str(model.trained).lower(),
+        "preprocess": model.preprocess,
+    }
+    reporter = _Reporter(job, images, before)
+    try:
+        latest = run(task, (*context, metadata), work, job.arguments.parallel, reporter)
+    finally:
+        reporter.close()
+    seconds = time.perf_counter() - started
+    errors = sum(record.rows(dataset.ERRORS) for record in committed.values()) + sum(p.errors for p in latest)
+    report = _report(job, images, before, errors, seconds, latest, replicas, model)
+    job.storage.overwrite(join(job.output, f"_report-{job.name}.json"), json.dumps(report, indent=2).encode())
+    allowed = job.arguments.max_error_rate
+    failed = errors > allowed * images
+    done = images - before
+    rate = f", {done / seconds:.2f} img/s" if done else ""
+    verdict = f"; more than the allowed share of {allowed:g}" if failed else ""
+    print(f"{job.name}: {images} images, {errors} errors in {seconds:.1f} s{rate}; {job.output}{verdict}", flush=True)
+    return EXIT_ERRORS if failed else EXIT_OK
+
+
+def _report(
+    job: Job,
+    images: int,
+    before: int,
+    errors: int,
+    seconds: float,
+    latest: list[Progress],
+    replicas: dict[str, int],
+    model: ModelInfo,
+) -> dict[str, Any]:
+    def total(name: str) -> int:
+        return sum(getattr(progress, name) for progress in latest)
+
+    stages: dict[str, float] = {}
+    for progress in latest:
+        for stage, spent in progress.seconds.items():
+            stages[stage] = round(stages.get(stage, 0) + spent, 3)
+    return {
+        "job": job.name,
+        "images": images,
+        "already_committed": before,
+        "errors": errors,
+        "masks": total("masks"),
+        "seconds": round(seconds, 2),
+        "images_per_second": round((images - before) / seconds, 3),
+        "bytes_read": total("bytes_read"),
+        "bytes_written": total("bytes_written"),
+        "encoder_calls": total("encoder_calls"),
+        "retries": total("retries"),
+        "replicas": replicas,
+        "stage_seconds": stages,
+        "driver_peak_rss_mb": round(peak_rss_mb()),
+        "task_peak_rss_mb": round(max((progress.peak_rss_mb for progress in latest), default=0)),
+        "model": asdict(model),
+    }
+
+
+class _Reporter:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, job: Job, images: int, before: int) -> None:
+        self.name, self.images, self.before = job.name, images, before
+        self.every = job.arguments.progress_every
+        self.started = self.printed = time.monotonic()
+        self.bar = tqdm(total=images, initial=before, unit="img", desc=job.name) if sys.stderr.isatty() else None
+
+    def __call__(self, latest: list[Progress]) -> None:
+        done = self.before + sum(progress.images for progress in latest)
+        errors = sum(progress.errors for progress in latest)
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix(errors=errors, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now - self.printed >= self.every and done > self.before:
+            self.printed = now
+            rate = (done - self.before) / (now - self.started)
+            eta = (self.images - done) / rate
+            print(
+                f"{self.name}: {done}/{self.images} images, {errors} errors, {rate:.2f} img/s, {eta:.0f} s left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

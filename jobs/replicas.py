@@ -1,0 +1,63 @@
+"""The app's replicas as a job calls them: by model name, whole batches, with a time-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster import session
+from cluster.errors import CellrayError, NotFound
+from serve_app import contract
+from serve_app.contract import ModelInfo
+from serve_app.model.automask import GridOptions
+from serve_app.model.decoder import DecodeRequest
+from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import Size
+
+INFO_TIMEOUT_S = 120.0  # a model that was scaled to zero starts first
+
+
+def connect(model: str) -> ModelInfo:
+    """Join the cluster and ask the model's decoder what it is.
+
+    Raises:
+        Unavailable: no cluster. NotFound: the app, or the model in it, is not there.
+    """
+    session.connect()
+    deployed = session.replicas(contract.APP_NAME)
+    if contract.encoder_deployment(model) not in deployed:
+        suffix = contract.encoder_deployment("")
+        served = sorted(name.removesuffix(suffix) for name in deployed if name.endswith(suffix))
+        raise NotFound(f"model {model!r} is not served; there are {', '.join(served)}: add it to args.models")
+    return _handle(contract.decoder_deployment(model)).info.remote().result(timeout_s=INFO_TIMEOUT_S)
+
+
+def running(model: str) -> dict[str, int]:
+    """Running replicas of the model's encoder and decoder."""
+    names = (contract.encoder_deployment(model), contract.decoder_deployment(model))
+    found = session.replicas(contract.APP_NAME)
+    return {name: found[name] for name in names}
+
+
+def encoder(model: str, timeout_s: float) -> Callable[[list[np.ndarray]], list[np.ndarray | CellrayError]]:
+    handle = _handle(contract.encoder_deployment(model))
+    return lambda pixels: handle.encode.remote(pixels).result(timeout_s=timeout_s)
+
+
+def decoder(model: str, timeout_s: float) -> Callable[[list[DecodeRequest]], list[MaskSet | CellrayError]]:
+    handle = _handle(contract.decoder_deployment(model))
+    return lambda requests: handle.segment.remote(requests).result(timeout_s=timeout_s)
+
+
+def automask(
+    model: str, options: GridOptions, timeout_s: float
+) -> Callable[[list[tuple[np.ndarray, Size]]], list[MaskSet | CellrayError]]:
+    handle = _handle(contract.decoder_deployment(model))
+    return lambda images: handle.automask.remote(images, options).result(timeout_s=timeout_s)
+
+
+def _handle(deployment: str) -> DeploymentHandle:
+    return serve.get_deployment_handle(deployment, app_name=contract.APP_NAME)

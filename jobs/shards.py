@@ -1,0 +1,199 @@
+"""Run the shards of a plan: Ray tasks that read ahead within a byte budget, call the replicas, and commit."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import RayServeException
+
+from cluster.errors import CellrayError, Internal, Unavailable
+from cluster.settings import MIB
+from cluster.telemetry import peak_rss_mb
+from serve_app.service import foreign
+
+Source = TypeVar("Source")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT_BYTES = 256 * MIB  # read and waiting for a replica, a task
+READERS = 4
+CALLS = 3  # handle calls a task keeps open: one runs, one waits at the replica, one is on its way
+ATTEMPTS = 6  # of a call whose replica went away or was busy: about half a minute in all
+SHARD_ATTEMPTS = 3  # of a task whose worker died
+BACKOFF_S = 1.0
+
+
+@dataclass
+class Progress:
+    """What a shard's task tells its driver, for this shard so far. `seconds` add up over threads."""
+
+    shard: int
+    images: int = 0
+    errors: int = 0
+    masks: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    encoder_calls: int = 0
+    retries: int = 0
+    peak_rss_mb: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done(Generic[Source, Item, Result]):
+    """A source's way through the pipeline: what was read, and what the replicas answered; either may be an error."""
+
+    source: Source
+    item: Item | CellrayError
+    result: Result | CellrayError | None
+
+
+class Pipeline(Generic[Source, Item, Result]):
+    """sources → read (threads) → call (a batch at a time, threads) → `Done`, in the order of the sources.
+
+    read(source) and call(items) run in threads; `call` returns one result or error an item.
+    cost(source) is the bytes it holds while in flight; at most IN_FLIGHT_BYTES are, but always at least one source.
+    An error of a source stays with it; one that would hit every source (the storage or all replicas are away) is raised.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Source], Item],
+        call: Callable[[list[Item]], list[Result | CellrayError]],
+        cost: Callable[[Source], int],
+        batch: int,
+        progress: Progress,
+    ) -> None:
+        self.read, self.call, self.cost, self.batch, self.progress = read, call, cost, batch, progress
+        self.lock = threading.Lock()
+
+    def run(self, sources: Sequence[Source]) -> Iterator[Done[Source, Item, Result]]:
+        waiting = deque(sources)
+        reading: deque[tuple[Source, Future[Item | CellrayError]]] = deque()
+        calling: deque[Future[list[Done[Source, Item, Result]]]] = deque()
+        held = 0
+        readers, callers = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(CALLS, "call")
+        try:
+            while waiting or reading or calling:
+                while waiting and (not held or held + self.cost(waiting[0]) <= IN_FLIGHT_BYTES):
+                    held += self.cost(waiting[0])
+                    reading.append((waiting[0], readers.submit(self._read, waiting.popleft())))
+                if reading and len(calling) < CALLS:
+                    chosen = [reading.popleft() for _ in range(min(self.batch, len(reading)))]
+                    items = [(source, future.result()) for source, future in chosen]
+                    calling.append(callers.submit(self._call, items))
+                    continue
+                for done in calling.popleft().result():
+                    held -= self.cost(done.source)
+                    yield done
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+            callers.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, source: Source) -> Item | CellrayError:
+        start = time.perf_counter()
+        try:
+            return self.read(source)
+        except Unavailable:
+            raise
+        except CellrayError as error:
+            return error
+        finally:
+            self._took("read", start)
+
+    def _call(self, items: list[tuple[Source, Item | CellrayError]]) -> list[Done[Source, Item, Result]]:
+        start = time.perf_counter()
+        good = [item for _, item in items if not isinstance(item, CellrayError)]
+        results = iter(self._persist(good) if good else [])
+        self._took("call", start)
+        return [Done(source, item, None if isinstance(item, CellrayError) else next(results)) for source, item in items]
+
+    def _persist(self, items: list[Item]) -> list[Result | CellrayError]:
+        """Call until the replicas answer; what they answer with an error of their own is not asked again."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.call(items)
+            except (RayError, RayServeException, GetTimeoutError, TimeoutError) as error:
+                ours = foreign(error)
+                if not ours.retry:
+                    log.warning(f"{ours} {error}")
+                    return [ours] * len(items)
+                if attempt == ATTEMPTS:
+                    raise ours from error
+            with self.lock:
+                self.progress.retries += 1
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+        raise AssertionError("unreachable")
+
+    def _took(self, stage: str, start: float) -> None:
+        with self.lock:
+            self.progress.seconds[stage] = self.progress.seconds.get(stage, 0) + time.perf_counter() - start
+
+
+def run(
+    task: Any,
+    arguments: tuple[Any, ...],
+    work: Sequence[tuple[int, Sequence[Any]]],
+    parallel: int,
+    report: Callable[[list[Progress]], None],
+) -> list[Progress]:
+    """Run `task.remote(*arguments, index, sources)` for each (index, sources), at most `parallel` at a time.
+
+    `task` is a Ray remote function that yields Progress. `report` is called about once a second with what is new.
+    A shard whose worker died is run again; a CellrayError from a shard stops all of them, and so does Ctrl-C.
+    """
+    waiting = deque(work)
+    sources = dict(work)
+    latest: dict[int, Progress] = {}
+    attempts: dict[int, int] = {}
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                index, chosen = waiting.popleft()
+                attempts[index] = attempts.get(index, 0) + 1
+                running[task.options(num_returns="streaming").remote(*arguments, index, chosen)] = index
+            ready, _ = ray.wait(list(running), timeout=1.0)
+            for stream in ready:
+                index = running[stream]
+                try:
+                    latest[index] = ray.get(next(stream))
+                except StopIteration:
+                    del running[stream]
+                except RayTaskError as error:
+                    cause = error.cause
+                    if isinstance(cause, CellrayError):
+                        raise cause from None
+                    raise Internal(f"shard {index} failed with {type(cause).__name__}: {cause}") from error
+                except RayError as error:
+                    if attempts[index] == SHARD_ATTEMPTS or isinstance(error, TaskCancelledError):
+                        raise Unavailable(
+                            f"the worker of shard {index} died {attempts[index]} times: {error}"
+                        ) from error
+                    log.warning(f"the worker of shard {index} died; the shard starts again")
+                    del running[stream]
+                    latest.pop(index, None)
+                    waiting.append((index, sources[index]))
+            report(list(latest.values()))
+        return list(latest.values())
+    finally:
+        for stream in running:
+            ray.cancel(stream)
+
+
+def measured(progress: Progress) -> Progress:
+    """The same, with this process's peak memory."""
+    progress.peak_rss_mb = peak_rss_mb()
+    return progress

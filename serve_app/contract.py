@@ -1,0 +1,69 @@
+"""Formats on the wire: what ids mean, and the types that travel between jobs, ingress and replicas."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve_app.model.preprocess import PREPROCESS, Size
+
+APP_NAME = "cellray"
+INGRESS = "ingress"
+DTYPE = "float16"
+
+
+def encoder_deployment(model: str) -> str:
+    """The name to use in deploy YAML for a model's encoder."""
+    return f"{model}-encoder"
+
+
+def decoder_deployment(model: str) -> str:
+    return f"{model}-decoder"
+
+
+def image_id(data: bytes) -> str:
+    """sha256 of the image file's bytes, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def embedding_id(image: str, encoder_sha256: str) -> str:
+    """sha256 over what an embedding is a function of: image, preprocessing, encoder and dtype. Hex."""
+    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, DTYPE)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex."""
+
+    name: str
+    family: str
+    image_size: int
+    patch: int
+    channels: int
+    encoder_sha256: str
+    decoder_sha256: str
+    licence: str
+    trained: bool
+    runtime: str
+    device: str
+    preprocess: str = PREPROCESS
+
+    @property
+    def embedding_shape(self) -> tuple[int, int, int]:
+        grid = self.image_size // self.patch
+        return (self.channels, grid, grid)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One image's embedding. `array` [channels, grid, grid] float16; `original` and `input` are (height, width)."""
+
+    embedding_id: str
+    image_id: str
+    model: str
+    encoder_sha256: str
+    original: Size
+    input: Size
+    array: np.ndarray

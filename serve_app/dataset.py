@@ -1,0 +1,369 @@
+"""Formats at rest: Arrow schemas, shards published whole, and readers that trust records, not files.
+
+    OUT/embeddings/*.parquet  OUT/masks/*.parquet  OUT/errors/*.parquet  OUT/_records/*.json  OUT/_plan-JOB-000.json
+
+A shard's files are published first, its record last; what has no record does not exist for a reader. In one DuckDB
+statement, the committed rows of a data set are
+
+    SELECT e.* EXCLUDE (filename) FROM read_parquet('OUT/embeddings/*.parquet', filename = true) e
+    WHERE parse_filename(filename) IN (SELECT parse_filename(unnest(files).path) FROM read_json('OUT/_records/*.json'))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import Conflict, InvalidInput, NotFound
+from cluster.settings import MIB
+from cluster.storage import Storage, absolute, join
+from serve_app.contract import DTYPE, Embedding
+from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import PREPROCESS
+
+SCHEMA_VERSION = "1"
+EMBEDDINGS, MASKS, ERRORS = "embeddings", "masks", "errors"
+MAX_ROWS_A_FILE = 512  # 2 MiB rows: past 1,024 of them the int32 offsets of binary columns overflow in many readers
+MASK_ROW_GROUP = 4096
+JOBS = ("embed", "segment")
+MAX_RECORD_BYTES = 64 * MIB
+RECORD_READERS = 16
+
+SCHEMAS = {
+    EMBEDDINGS: pa.schema(
+        [
+            ("embedding_id", pa.string()),
+            ("image_id", pa.string()),
+            ("image_uri", pa.string()),
+            ("key", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("input_width", pa.int32()),
+            ("input_height", pa.int32()),
+            ("model", pa.string()),
+            ("encoder_sha256", pa.string()),
+            ("preprocess", pa.string()),
+            ("dtype", pa.string()),
+            ("shape", pa.list_(pa.int32())),
+            ("embedding", pa.binary()),
+            ("pooled", pa.list_(pa.float32())),
+        ]
+    ),
+    MASKS: pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("embedding_id", pa.string()),
+            ("image_uri", pa.string()),
+            ("mask_index", pa.int32()),
+            ("segmentation", pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
+            ("bbox", pa.list_(pa.float32())),
+            ("area", pa.int64()),
+            ("predicted_iou", pa.float32()),
+            ("stability_score", pa.float32()),
+            ("prompt_type", pa.string()),
+            ("prompt", pa.string()),
+            ("box_score", pa.float32()),
+            ("object_embedding", pa.list_(pa.float32())),
+            ("model", pa.string()),
+            ("decoder_sha256", pa.string()),
+        ]
+    ),
+    ERRORS: pa.schema([(name, pa.string()) for name in ("image_uri", "stage", "error_type", "message", "attempt")]),
+}
+
+
+def embedding_row(embedding: Embedding, image_uri: str, pooled: np.ndarray, key: str | None = None) -> pa.Table:
+    """One row of `embeddings`; `embedding` is C-order little-endian float16."""
+    height, width = embedding.original
+    row = {
+        "embedding_id": embedding.embedding_id,
+        "image_id": embedding.image_id,
+        "image_uri": image_uri,
+        "key": key,
+        "width": width,
+        "height": height,
+        "input_width": embedding.input[1],
+        "input_height": embedding.input[0],
+        "model": embedding.model,
+        "encoder_sha256": embedding.encoder_sha256,
+        "preprocess": PREPROCESS,
+        "dtype": DTYPE,
+        "shape": list(embedding.array.shape),
+        "embedding": embedding.array.astype("<f2").tobytes(),
+        "pooled": pooled,
+    }
+    return pa.Table.from_pylist([row], SCHEMAS[EMBEDDINGS])
+
+
+def embedding_of(row: dict[str, Any]) -> Embedding:
+    """The inverse of `embedding_row`, from one row as a dict. The array is read-only."""
+    array = np.frombuffer(row["embedding"], dtype="<f2").reshape(row["shape"])
+    return Embedding(
+        embedding_id=row["embedding_id"],
+        image_id=row["image_id"],
+        model=row["model"],
+        encoder_sha256=row["encoder_sha256"],
+        original=(row["height"], row["width"]),
+        input=(row["input_height"], row["input_width"]),
+        array=array,
+    )
+
+
+def mask_rows(
+    found: MaskSet, embedding: Embedding, image_uri: str, decoder_sha256: str, prompt_type: str, prompts: list[str]
+) -> pa.Table:
+    """Rows of `masks` for one image; `prompts[i]` is prompt i as JSON."""
+    size = list(found.size)
+    rows = [
+        {
+            "image_id": embedding.image_id,
+            "embedding_id": embedding.embedding_id,
+            "image_uri": image_uri,
+            "mask_index": index,
+            "segmentation": {"size": size, "counts": found.counts[index]},
+            "bbox": found.boxes[index],
+            "area": int(found.areas[index]),
+            "predicted_iou": found.predicted_iou[index],
+            "stability_score": found.stability[index],
+            "prompt_type": prompt_type,
+            "prompt": prompts[found.prompt_index[index]],
+            "box_score": None,
+            "object_embedding": found.object_embeddings[index],
+            "model": embedding.model,
+            "decoder_sha256": decoder_sha256,
+        }
+        for index in range(len(found))
+    ]
+    return pa.Table.from_pylist(rows, SCHEMAS[MASKS])
+
+
+def error_row(image_uri: str, stage: str, error: Exception, attempt: int = 1) -> pa.Table:
+    row = {
+        "image_uri": image_uri,
+        "stage": stage,
+        "error_type": type(error).__name__,
+        "message": str(error),
+        "attempt": str(attempt),
+    }
+    return pa.Table.from_pylist([row], SCHEMAS[ERRORS])
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A published file: its path within OUT, rows, bytes and sha256."""
+
+    dataset: str
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What makes a shard exist. `embedding_ids` are those of its embeddings file, in row order."""
+
+    job: str
+    generation: int
+    shard: int
+    fingerprint: str
+    files: tuple[ShardFile, ...]
+    embedding_ids: tuple[str, ...] = ()
+
+    def rows(self, dataset: str) -> int:
+        return sum(file.rows for file in self.files if file.dataset == dataset)
+
+    def to_json(self) -> bytes:
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, uri: str) -> Record:
+        try:
+            values = json.loads(text)
+            values.pop("schema_version")
+            values["files"] = tuple(ShardFile(**file) for file in values["files"])
+            values["embedding_ids"] = tuple(values["embedding_ids"])
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidInput(f"{uri} is no commit record of this version: {error}") from error
+
+
+class ShardWriter:
+    """Collects one shard's rows in local files, a row or an image at a time, then commits them. Use it in a `with`."""
+
+    def __init__(self, storage: Storage, out: str, job: str, shard: int, metadata: dict[str, str]) -> None:
+        """`metadata` goes to every footer and must hold `fingerprint`."""
+        self.storage, self.out, self.job, self.shard = storage, out, job, shard
+        self.metadata = {"schema_version": SCHEMA_VERSION, "job": job, "shard": str(shard), **metadata}
+        self.folder = Path(tempfile.mkdtemp(prefix="cellray-shard-"))
+        self.writers: dict[str, pq.ParquetWriter] = {}
+        self.waiting: dict[str, list[pa.Table]] = {}
+        self.rows: dict[str, int] = {}
+        self.embedding_ids: list[str] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, dataset: str, table: pa.Table) -> None:
+        """Append rows. Embeddings go to disk at once, one row a row group; the rest in groups of thousands."""
+        if dataset not in self.writers:
+            self.writers[dataset] = self._open(dataset)
+            self.waiting[dataset], self.rows[dataset] = [], 0
+        self.rows[dataset] += len(table)
+        if dataset == EMBEDDINGS:
+            self.embedding_ids += table["embedding_id"].to_pylist()
+            self.writers[dataset].write_table(table, row_group_size=1)
+            return
+        self.waiting[dataset].append(table)
+        if sum(map(len, self.waiting[dataset])) >= MASK_ROW_GROUP:
+            self._flush(dataset)
+
+    def _open(self, dataset: str) -> pq.ParquetWriter:
+        schema = SCHEMAS[dataset]
+        plain = ["embedding"] if dataset == EMBEDDINGS else []  # a blob: nothing to gain from dictionary or codec
+        columns = [field.name for field in schema if field.name not in plain]
+        return pq.ParquetWriter(
+            self.folder / f"{dataset}.parquet",
+            schema.with_metadata({f"cellray.{key}": value for key, value in self.metadata.items()}),
+            compression={name: "none" if name in plain else "zstd" for name in schema.names},
+            use_dictionary=[name for name in columns if dataset != EMBEDDINGS],
+            write_statistics=[name for name in columns if name in ("image_uri", "image_id", "area", "model")],
+        )
+
+    def _flush(self, dataset: str) -> None:
+        if self.waiting[dataset]:
+            table = pa.concat_tables(self.waiting[dataset])
+            self.writers[dataset].write_table(table, row_group_size=MASK_ROW_GROUP)
+            self.waiting[dataset] = []
+
+    def commit(self) -> Record:
+        """Publish the files, then the record. After this the shard exists; before it, it does not.
+
+        Raises:
+            Conflict: a file of another plan, or with other rows, is in the way.
+        """
+        files = []
+        for dataset, writer in self.writers.items():
+            self._flush(dataset)
+            writer.close()
+            path = f"{dataset}/{self.job}-000-{self.shard:06d}.parquet"
+            size, sha256 = self._publish(join(self.out, path), self.folder / f"{dataset}.parquet")
+            files.append(ShardFile(dataset, path, self.rows[dataset], size, sha256))
+        record = Record(self.job, 0, self.shard, self.metadata["fingerprint"], tuple(files), tuple(self.embedding_ids))
+        uri = record_uri(self.out, self.job, self.shard)
+        try:
+            self.storage.publish(uri, record.to_json())
+        except Conflict:
+            theirs = read_record(self.storage, uri)  # another worker of the same plan was faster: its shard stands
+            if theirs.fingerprint != record.fingerprint:
+                raise
+            return theirs
+        return record
+
+    def _publish(self, uri: str, local: Path) -> tuple[int, str]:
+        """(bytes, sha256) of the file now at `uri`: ours, or one of the same plan with the same rows (bits may differ:
+        a killed predecessor's)."""
+        try:
+            self.storage.publish(uri, local)
+        except Conflict:
+            with self.storage.open(uri) as theirs, local.open("rb") as ours:
+                if _identity(theirs) != _identity(ours):
+                    raise
+            return self.storage.size(uri), self.storage.sha256(uri)
+        with local.open("rb") as file:
+            return local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity(file: IO[bytes]) -> tuple[Any, ...]:
+    """What two writings of one shard share: the plan, and which rows of which images."""
+    parquet = pq.ParquetFile(file)
+    metadata = parquet.schema_arrow.metadata or {}
+    names = [
+        name for name in ("embedding_id", "image_uri", "mask_index", "stage") if name in parquet.schema_arrow.names
+    ]
+    return metadata.get(b"cellray.fingerprint"), parquet.read(columns=names).to_pydict()
+
+
+def record_uri(out: str, job: str, shard: int) -> str:
+    return join(out, "_records", f"{job}-000-{shard:06d}.json")
+
+
+def read_record(storage: Storage, uri: str) -> Record:
+    return Record.from_json(storage.read(uri, MAX_RECORD_BYTES), uri)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The committed shards of one OUT."""
+
+    storage: Storage
+    uri: str
+    records: tuple[Record, ...]
+
+    def files(self, name: str) -> list[tuple[str, Record]]:
+        """(URI, record) of each committed file of `embeddings`, `masks` or `errors`."""
+        return [(join(self.uri, f.path), record) for record in self.records for f in record.files if f.dataset == name]
+
+    def rows(self, name: str) -> int:
+        return sum(record.rows(name) for record in self.records)
+
+    def bytes(self) -> int:
+        return sum(file.bytes for record in self.records for file in record.files)
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """All committed rows of these columns, in memory: leave `embedding` out where there are many."""
+        chosen = columns or SCHEMAS[name].names
+        tables = [self._read(uri, chosen) for uri, _ in self.files(name)]
+        if tables:
+            return pa.concat_tables(tables)
+        return pa.schema([SCHEMAS[name].field(column) for column in chosen]).empty_table()
+
+    def _read(self, uri: str, columns: list[str]) -> pa.Table:
+        with self.storage.open(uri) as file:
+            return pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(None)
+
+
+def open_embeddings(storage: Storage, uri: str, rows: list[int]) -> Iterator[Embedding]:
+    """Rows of one embeddings file, each read alone: about 2 MB."""
+    with storage.open(uri) as file:
+        parquet = pq.ParquetFile(file)
+        for row in rows:
+            yield embedding_of(parquet.read_row_group(row).to_pylist()[0])
+
+
+def open(uri: str, storage: Storage | None = None) -> Dataset:
+    """The data set at `uri` as its records stand now; empty if nothing was committed yet.
+
+    Raises:
+        NotFound: there is no plan at `uri`, so it is no data set.
+    """
+    storage, uri = storage or Storage(), absolute(uri)
+    try:
+        listed = [file.uri for file in storage.list(join(uri, "_records"))]
+    except NotFound:
+        if not any(storage.exists(plan_uri(uri, job)) for job in JOBS):
+            raise NotFound(f"{uri} is no data set: it holds no {plan_uri('', 'embed').strip('/')}") from None
+        listed = []
+    with ThreadPoolExecutor(RECORD_READERS) as pool:
+        records = tuple(pool.map(lambda one: read_record(storage, one), listed))
+    return Dataset(storage, uri, records)
+
+
+def plan_uri(out: str, job: str) -> str:
+    return join(out, f"_plan-{job}-000.json")

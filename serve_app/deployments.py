@@ -1,0 +1,149 @@
+"""The Serve deployments, the only file with @serve.deployment and @serve.batch. Replicas forward to plain objects.
+
+Options that depend on the machine (replicas, GPUs, queue lengths) belong in deploy/*.yaml; those here are bounds that
+hold wherever nothing else is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+import ray
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import CellrayError, Internal
+from cluster.settings import Settings
+from serve_app import ingress, models
+from serve_app.contract import ModelInfo
+from serve_app.model import automask, decoder, encoder
+from serve_app.model.automask import GridOptions
+from serve_app.model.decoder import DecodeRequest, Prompts
+from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import Size
+from serve_app.service import Service
+
+log = logging.getLogger("ray.serve")
+
+MAX_QUEUED_REQUESTS = 128  # a handle; more are refused, and the caller is told when to come back
+MAX_ONGOING_REQUESTS = 32
+BATCH_IMAGES = 8  # past 8, ViT encoders gain little (reference: segment-anything-fast)
+BATCH_REQUESTS = 16
+BATCH_WAIT_S = 0.005
+
+Items = list[np.ndarray]
+
+
+def _count(calls: list[list[Any]]) -> int:
+    """Items in a batch of calls. One call always fits, however long: the model works it off in chunks."""
+    return sum(map(len, calls)) if len(calls) > 1 else 1
+
+
+def _use_cores() -> None:
+    """Ray gives a replica without reserved CPUs one thread; such a one may use the whole node."""
+    reserved = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
+    torch.set_num_threads(reserved or len(os.sched_getaffinity(0)))
+
+
+class EncoderReplica:
+    """Images → embeddings. Holds the encoder's half of the checkpoint and nothing of the decoder's."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        started = time.perf_counter()
+        _use_cores()
+        model = models.find(settings, name)
+        self.encoder = encoder.load(models.prepare(settings, name), model.runtime, "auto")
+        self.model_info = models.describe(name, self.encoder.card, model.runtime, encoder.check_device("auto"))
+        size = self.encoder.card.architecture.image_size
+        encoder.embed(self.encoder, [np.zeros((size, size, 3), np.uint8)])  # ready means: has answered once
+        seconds = time.perf_counter() - started
+        log.info(f"encoder {name}: {model.runtime} float32 on {self.model_info.device}, ready in {seconds:.1f} s")
+
+    def info(self) -> ModelInfo:
+        return self.model_info
+
+    async def encode(self, images: Items) -> list[np.ndarray | CellrayError]:
+        """[h, w, 3] uint8 images with long side S → [C, g, g] float16 each, or an error in its place."""
+        return await self._encode(images)
+
+    @serve.batch(
+        max_batch_size=BATCH_IMAGES,
+        batch_wait_timeout_s=BATCH_WAIT_S,
+        batch_size_fn=_count,
+    )
+    async def _encode(self, calls: list[Items]) -> list[list[np.ndarray | CellrayError]]:
+        images = [image for call in calls for image in call]
+        answers = iter(await anyio.to_thread.run_sync(encoder.embed, self.encoder, images))
+        return [[next(answers) for _ in call] for call in calls]
+
+
+class DecoderReplica:
+    """Embeddings and prompts → masks. Holds the decoder's half of the checkpoint and nothing of the encoder's."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        _use_cores()
+        model = models.find(settings, name)
+        self.decoder = decoder.load(models.prepare(settings, name), model.runtime, "auto")
+        self.model_info = models.describe(name, self.decoder.card, model.runtime, encoder.check_device("auto"))
+        embedding = np.zeros(self.model_info.embedding_shape, np.float16)
+        warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
+        decoder.segment(self.decoder, [DecodeRequest(embedding, (16, 16), warm_up)])
+        log.info(f"decoder {name}: {model.runtime} float32 on {self.model_info.device}, ready")
+
+    def info(self) -> ModelInfo:
+        return self.model_info
+
+    async def segment(self, requests: list[DecodeRequest]) -> list[MaskSet | CellrayError]:
+        """One MaskSet a request, or an error in its place."""
+        return await self._segment(requests)
+
+    @serve.batch(max_batch_size=BATCH_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=_count)
+    async def _segment(self, calls: list[list[DecodeRequest]]) -> list[list[MaskSet | CellrayError]]:
+        requests = [request for call in calls for request in call]
+        answers = iter(await anyio.to_thread.run_sync(decoder.segment, self.decoder, requests))
+        return [[next(answers) for _ in call] for call in calls]
+
+    async def automask(
+        self, images: list[tuple[np.ndarray, Size]], options: GridOptions
+    ) -> list[MaskSet | CellrayError]:
+        """(embedding, original size) pairs → all their masks; one image at a time, beside the batched requests."""
+        return [await anyio.to_thread.run_sync(self._automask, embedding, size, options) for embedding, size in images]
+
+    def _automask(self, embedding: np.ndarray, size: Size, options: GridOptions) -> MaskSet | CellrayError:
+        try:
+            return automask.generate(self.decoder, embedding, size, options)
+        except CellrayError as error:
+            return error
+        except Exception:
+            log.exception("automask failed")
+            return Internal("automatic masks failed; the replica's log has the cause")
+
+
+@serve.ingress()
+class IngressReplica:
+    """HTTP over a Service. `handles` are (encoder, decoder) of each model in turn."""
+
+    def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle) -> None:
+        self.service = Service(settings, names, handles)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return ingress.create_app(self.service)
+
+
+def deployment(replica: Callable[..., Any], name: str) -> serve.Deployment:
+    """A deployment of that name with this file's bounds; deploy YAML overrides them by the name."""
+    bounds = serve.deployment(
+        name=name,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
+        graceful_shutdown_timeout_s=60,
+    )
+    return bounds(replica)

@@ -1,0 +1,72 @@
+"""Every object of an image: a grid of points, filtered by score and stability, overlaps removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.errors import InvalidInput
+from serve_app.model import decoder as decoders
+from serve_app.model.decoder import Decoder, DecodeRequest, Prompts
+from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import Size
+
+MAX_GRID = 128
+
+
+@dataclass(frozen=True, slots=True)
+class GridOptions:
+    """Thresholds with the names and defaults of segment_anything's SamAutomaticMaskGenerator.
+
+    points_per_side: the grid is its square.
+    pred_iou_thresh, stability_score_thresh: masks below either are dropped.
+    box_nms_thresh: of two masks whose boxes overlap by a greater IoU, the one with the lower predicted IoU is dropped.
+    """
+
+    points_per_side: int = 32
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    box_nms_thresh: float = 0.7
+
+    def check(self) -> None:
+        if not 1 <= self.points_per_side <= MAX_GRID:
+            raise InvalidInput(f"a grid of {self.points_per_side} points a side; expected 1 to {MAX_GRID}")
+
+
+def point_grid(points_per_side: int, size: Size) -> np.ndarray:
+    """[N², 1, 2] float32 (x, y): the centres of N × N equal cells of an image of (height, width)."""
+    steps = (np.arange(points_per_side) + 0.5) / points_per_side
+    x, y = np.meshgrid(steps * size[1], steps * size[0])
+    return np.stack([x, y], axis=-1).reshape(-1, 1, 2).astype(np.float32)
+
+
+def generate(decoder: Decoder, embedding: np.ndarray, original: Size, options: GridOptions) -> MaskSet:
+    """All masks that pass the options, best predicted IoU first; `prompt_index` is the grid point.
+
+    Raises:
+        InvalidInput, InvalidEmbedding
+    """
+    from torchvision.ops import nms
+
+    options.check()
+    points = point_grid(options.points_per_side, original)
+    prompts = Prompts(points=points, labels=np.ones(points.shape[:2], np.int32))
+    decoders.check(decoder, DecodeRequest(embedding, original, prompts))
+    parts = []
+    step = max(1, min(decoders.PROMPTS_A_CHUNK, decoders.PIXELS_A_CHUNK // (3 * original[0] * original[1])))
+    for start in range(0, len(points), step):
+        request = DecodeRequest(embedding, original, prompts.take(slice(start, start + step)), multimask=True)
+        logits, scores = decoder.logits(request)
+        keep = torch.nonzero(scores.flatten() > options.pred_iou_thresh)[:, 0]
+        if not len(keep):
+            continue
+        index = np.repeat(np.arange(start, start + len(logits), dtype=np.int32), logits.shape[1])[keep.cpu().numpy()]
+        part = decoders.to_masks(decoder, request, logits.flatten(0, 1)[keep], scores.flatten()[keep], index)
+        parts.append(part.take(np.flatnonzero((part.stability >= options.stability_score_thresh) & (part.areas > 0))))
+    found = MaskSet.join(original, parts, decoder.card.architecture.channels)
+    # segment_anything's boxes end at the last pixel, COCO's one after it
+    corners = np.concatenate([found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:] - 1], axis=1)
+    kept = nms(torch.from_numpy(corners), torch.from_numpy(found.predicted_iou), options.box_nms_thresh)
+    return found.take(kept.numpy())

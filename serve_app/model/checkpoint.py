@@ -1,0 +1,375 @@
+"""Checkpoints: recognised by their shapes, split into an encoder and a decoder, kept as safetensors.
+
+A split model is a folder: `encoder.safetensors`, `decoder.safetensors`, `model.json`. Each replica reads only its half.
+Sizes come from the tensors themselves, so any Segment Anything ViT is read, not only B, L and H.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from cluster.errors import InvalidCheckpoint
+
+State = dict[str, torch.Tensor]
+
+ENCODER, DECODER = "encoder", "decoder"
+PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder.": DECODER}
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB in 0–255, as SAM was trained
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Segment Anything model. `image_size` in pixels, `patch` in pixels, `window` in tokens."""
+
+    image_size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    window: int
+    global_blocks: tuple[int, ...]
+    channels: int = 256
+    decoder_depth: int = 2
+    decoder_heads: int = 8
+    decoder_mlp_width: int = 2048
+    iou_head_depth: int = 3
+    iou_head_width: int = 256
+    mask_outputs: int = 3
+    mask_channels: int = 16
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the embedding."""
+        return self.image_size // self.patch
+
+
+# Image size, patch, width, depth, heads, MLP width, window, global blocks. B, L, H: as segment_anything.build_sam.
+ARCHITECTURES = {
+    "nano": Architecture(256, 8, 192, 6, 3, 768, 8, (2, 5), decoder_mlp_width=512),
+    "sam_vit_b": Architecture(1024, 16, 768, 12, 12, 3072, 14, (2, 5, 8, 11)),
+    "sam_vit_l": Architecture(1024, 16, 1024, 24, 16, 4096, 14, (5, 11, 17, 23)),
+    "sam_vit_h": Architecture(1024, 16, 1280, 32, 16, 5120, 14, (7, 15, 23, 31)),
+}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """`model.json`: what a split model is. The hashes are sha256 in hex; `trained` is False for random weights."""
+
+    architecture: Architecture
+    family: str
+    source: str
+    source_sha256: str
+    encoder_sha256: str
+    decoder_sha256: str
+    licence: str
+    trained: bool
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN
+    pixel_std: tuple[float, ...] = PIXEL_STD
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelCard:
+        values = json.loads((folder / "model.json").read_text())
+        sizes = values.pop("architecture")
+        sizes["global_blocks"] = tuple(sizes["global_blocks"])
+        values |= {key: tuple(values[key]) for key in ("pixel_mean", "pixel_std")}
+        return cls(architecture=Architecture(**sizes), **values)
+
+
+def read_state(path: Path) -> State:
+    """A `segment_anything` state dict from `.pth` or `.safetensors`. Nothing in the file is executed.
+
+    Raises:
+        InvalidCheckpoint: not a file of tensors, cut short, or a pickle that wants to run code.
+    """
+    advice = "expected a state dict saved by torch.save, or safetensors"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() and _is_pickle(path):
+            raise InvalidCheckpoint(
+                f"{path.name} holds more than tensors and would run code when read: refused. {advice}"
+            ) from error
+        raise InvalidCheckpoint(f"{path.name} is not a checkpoint: {advice}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise InvalidCheckpoint(f"{path.name} is not a checkpoint, or is cut short: {advice}") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise InvalidCheckpoint(f"{path.name} does not hold a flat mapping of names to tensors: {advice}")
+    return dict(loaded)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80" or _is_zip(path)
+
+
+def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
+    """The family's name (`custom` where sizes are nobody's) and the sizes, read off the tensors.
+
+    Raises:
+        InvalidCheckpoint: the tensors are not those of a Segment Anything model: names the first that is missing.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            found = ", ".join(sorted({key.split(".")[0] for key in state})[:5]) or "nothing"
+            raise InvalidCheckpoint(
+                f"the checkpoint is not a Segment Anything model: it lacks {name} (its top-level parts: {found})"
+            )
+        return state[name].shape
+
+    def count(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+    encoder, decoder = "image_encoder.", "mask_decoder."
+    width, _, patch, _ = shape(encoder + "patch_embed.proj.weight")
+    grid = shape(encoder + "pos_embed")[1]
+    depth = count(encoder + "blocks.")
+    tables = [shape(f"{encoder}blocks.{i}.attn.rel_pos_h") for i in range(depth)]  # [2 · side − 1, head width]
+    sides = [(table[0] + 1) // 2 for table in tables]
+    global_blocks = tuple(i for i, side in enumerate(sides) if side == grid)
+    windows = {side for side in sides if side != grid}
+    if len(windows) > 1:
+        raise InvalidCheckpoint(f"the checkpoint has attention windows of several sizes: {sorted(windows)}")
+    sizes = Architecture(
+        image_size=grid * patch,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=width // tables[0][1],
+        mlp_width=shape(encoder + "blocks.0.mlp.lin1.weight")[0],
+        window=windows.pop() if windows else 0,
+        global_blocks=global_blocks,
+        channels=shape(encoder + "neck.0.weight")[0],
+        decoder_depth=count(decoder + "transformer.layers."),
+        decoder_mlp_width=shape(decoder + "transformer.layers.0.mlp.lin1.weight")[0],
+        iou_head_depth=count(decoder + "iou_prediction_head.layers."),
+        iou_head_width=shape(decoder + "iou_prediction_head.layers.0.weight")[0],
+        mask_outputs=shape(decoder + "mask_tokens.weight")[0] - 1,
+        mask_channels=shape("prompt_encoder.mask_downscaling.3.weight")[0],
+    )
+    return next((name for name, known in ARCHITECTURES.items() if known == sizes), "custom"), sizes
+
+
+def split(state: Mapping[str, torch.Tensor]) -> tuple[State, State]:
+    """Encoder and decoder tensors, under their full names.
+
+    Raises:
+        InvalidCheckpoint: a tensor belongs to neither; nothing is silently dropped.
+    """
+    halves: dict[str, State] = {ENCODER: {}, DECODER: {}}
+    strangers = []
+    for name, tensor in state.items():
+        half = next((half for prefix, half in PREFIXES.items() if name.startswith(prefix)), None)
+        if half is None:
+            strangers.append(name)
+        else:
+            halves[half][name] = tensor.contiguous()
+    if strangers:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise InvalidCheckpoint(
+            f"the checkpoint has tensors of no known part: {', '.join(strangers[:3])}{more}; "
+            f"expected names under {', '.join(PREFIXES)}"
+        )
+    return halves[ENCODER], halves[DECODER]
+
+
+def extract(
+    state: Mapping[str, torch.Tensor],
+    out: Path,
+    *,
+    source: str,
+    source_sha256: str,
+    licence: str = "unknown",
+    trained: bool = True,
+) -> ModelCard:
+    """Split `state` into `out`. The folder appears whole, `model.json` last; the same state gives the same bytes.
+
+    Raises:
+        InvalidCheckpoint: not a Segment Anything model, or numbers that are not finite.
+    """
+    family, sizes = recognise(state)
+    _check(state, sizes)
+    digests = {}
+    out.mkdir(parents=True, exist_ok=True)
+    for half, tensors in zip((ENCODER, DECODER), split(state), strict=True):
+        content = save(dict(sorted(tensors.items())))
+        digests[half] = hashlib.sha256(content).hexdigest()
+        _write_whole(out / f"{half}.safetensors", content)
+    card = ModelCard(
+        architecture=sizes,
+        family=family,
+        source=source,
+        source_sha256=source_sha256,
+        encoder_sha256=digests[ENCODER],
+        decoder_sha256=digests[DECODER],
+        licence=licence,
+        trained=trained,
+    )
+    _write_whole(out / "model.json", json.dumps(asdict(card), indent=2).encode())
+    return card
+
+
+def _check(state: Mapping[str, torch.Tensor], sizes: Architecture) -> None:
+    """Every name and shape is what a model of these sizes has, and every number is finite."""
+    with torch.device("meta"):
+        expected = {**build_encoder(sizes).state_dict(prefix="image_encoder.")}
+        for name, module in zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True):
+            expected |= module.state_dict(prefix=name)
+    missing = [name for name in expected if name not in state]
+    surplus = [name for name in state if name not in expected]
+    if missing or surplus:
+        parts = [f"{len(missing)} missing ({missing[0]} …)"] if missing else []
+        parts += [f"{len(surplus)} of no known place ({surplus[0]} …)"] if surplus else []
+        raise InvalidCheckpoint(f"the checkpoint does not fit a Segment Anything model: tensors {', '.join(parts)}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise InvalidCheckpoint(
+                f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)} from the other tensors"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InvalidCheckpoint(f"{name} has values that are not finite")
+
+
+def parameter_table(state: Mapping[str, torch.Tensor]) -> list[tuple[str, str, int, int]]:
+    """Where parameters went: rows of (half, part, tensors, parameters), in file order."""
+    tensors: Counter[tuple[str, str]] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()
+    for name, tensor in state.items():
+        half = next(half for prefix, half in PREFIXES.items() if name.startswith(prefix))
+        part = ".".join(name.split(".")[:2])
+        tensors[half, part] += 1
+        numbers[half, part] += tensor.numel()
+    return [(*key, tensors[key], numbers[key]) for key in tensors]
+
+
+def build_encoder(sizes: Architecture) -> torch.nn.Module:
+    """segment_anything's own image encoder of these sizes; weights are fresh, position tables zero."""
+    from segment_anything.modeling import ImageEncoderViT
+
+    return ImageEncoderViT(
+        img_size=sizes.image_size,
+        patch_size=sizes.patch,
+        embed_dim=sizes.width,
+        depth=sizes.depth,
+        num_heads=sizes.heads,
+        mlp_ratio=sizes.mlp_width / sizes.width,
+        out_chans=sizes.channels,
+        norm_layer=_layer_norm,
+        use_rel_pos=True,
+        window_size=sizes.window,
+        global_attn_indexes=sizes.global_blocks,
+    )
+
+
+def _layer_norm(width: int) -> torch.nn.LayerNorm:
+    return torch.nn.LayerNorm(width, eps=1e-6)  # as segment_anything's build_sam
+
+
+def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """segment_anything's own (prompt encoder, mask decoder) of these sizes; weights are fresh."""
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+
+    side = (sizes.grid, sizes.grid)
+    prompts = PromptEncoder(sizes.channels, side, (sizes.image_size, sizes.image_size), sizes.mask_channels)
+    transformer = TwoWayTransformer(
+        depth=sizes.decoder_depth,
+        embedding_dim=sizes.channels,
+        num_heads=sizes.decoder_heads,
+        mlp_dim=sizes.decoder_mlp_width,
+    )
+    masks = MaskDecoder(
+        transformer_dim=sizes.channels,
+        transformer=transformer,
+        num_multimask_outputs=sizes.mask_outputs,
+        iou_head_depth=sizes.iou_head_depth,
+        iou_head_hidden_dim=sizes.iou_head_width,
+    )
+    return prompts, masks
+
+
+def seeded(name: str, seed: int) -> State:
+    """Random weights of a named architecture, the same for the same seed: for tests and machines without weights.
+
+    Every tensor is drawn, position tables too, so that a runtime that forgets one of them is found out.
+    """
+    if name not in ARCHITECTURES:
+        raise InvalidCheckpoint(f"{name!r} is no architecture; there are {', '.join(ARCHITECTURES)}")
+    sizes = ARCHITECTURES[name]
+    modules = {"image_encoder.": build_encoder(sizes)}
+    modules |= dict(zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for prefix, module in modules.items():
+        for key, value in module.state_dict(prefix=prefix).items():
+            noise = torch.randn(value.shape, generator=generator)
+            state[key] = _draw(key, value, noise)
+    return state
+
+
+def _draw(key: str, fresh: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    if "rel_pos" in key:
+        return 0.25 * noise
+    if key.endswith("pos_embed"):
+        return 0.3 * noise
+    if key.endswith("gaussian_matrix") or (fresh.dim() == 2 and ("embed" in key or "token" in key)):
+        return noise
+    if fresh.dim() == 1:  # biases and norms, around their fresh value (norms: 1)
+        centre = 1.0 if key.endswith("weight") else 0.0
+        return centre + 0.1 * noise
+    fan_in = fresh[0].numel()
+    gain = 3.0 if ".attn.qkv." in key else 1.0  # strong enough that attention is far from uniform
+    return gain * noise / fan_in**0.5
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def load_half(folder: Path, half: str, card: ModelCard) -> dict[str, Any]:
+    """One half's tensors, checked against the card's sha256.
+
+    Raises:
+        InvalidCheckpoint: the file is not the one that was extracted.
+    """
+    path = folder / f"{half}.safetensors"
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = card.encoder_sha256 if half == ENCODER else card.decoder_sha256
+    if found != expected:
+        raise InvalidCheckpoint(f"{path} has sha256 {found[:12]}…, expected {expected[:12]}…: extract it again")
+    return load_file(path)

@@ -1,0 +1,248 @@
+"""The mask decoder: embeddings and prompts → masks. Stateless; `reference` is segment_anything's own modules."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidPrompt, InvalidSettings
+from serve_app.model import checkpoint, masks, preprocess
+from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import Size
+
+log = logging.getLogger(__name__)
+
+PROMPTS_A_CHUNK = 64  # bounds memory: each prompt costs about 20 MB inside segment_anything's decoder
+PIXELS_A_CHUNK = 64 << 20  # float32 logits held at original resolution: 256 MB
+MASK_THRESHOLD = 0.0  # logits
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """N objects asked for in one image, in its original pixels. At least one of `boxes` and `points` is given.
+
+    boxes: [N, 4] float32 (x0, y0, x1, y1).
+    points: [N, K, 2] float32 (x, y), with labels [N, K] int32: 1 foreground, 0 background, −1 padding.
+    """
+
+    boxes: np.ndarray | None = None
+    points: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        given = self.boxes if self.boxes is not None else self.points
+        return 0 if given is None else len(given)
+
+    def take(self, rows: slice) -> Prompts:
+        return Prompts(*(None if x is None else x[rows] for x in (self.boxes, self.points, self.labels)))
+
+    def check(self, size: Size) -> None:
+        """Shapes agree, numbers are finite, every box has an area and lies in the image, every point too.
+
+        Raises:
+            InvalidPrompt: names the first prompt that does not fit, and the image's size.
+        """
+        height, width = size
+        if self.boxes is None and self.points is None:
+            raise InvalidPrompt("no prompt: give boxes, or points with labels")
+        if (self.points is None) != (self.labels is None):
+            raise InvalidPrompt("points and labels go together: give both or neither")
+        if self.boxes is not None:
+            if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
+                raise InvalidPrompt(f"boxes must be [N, 4] (x0, y0, x1, y1), found {list(self.boxes.shape)}")
+            for index, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
+                if not np.isfinite([x0, y0, x1, y1]).all():
+                    raise InvalidPrompt(f"box {index} is not finite: {[x0, y0, x1, y1]}")
+                if not (x0 < x1 and y0 < y1):
+                    raise InvalidPrompt(f"box {index} is inverted or empty: {[x0, y0, x1, y1]}; x0 < x1 and y0 < y1")
+                if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+                    raise InvalidPrompt(f"box {index} {[x0, y0, x1, y1]} leaves the image of {width} × {height} pixels")
+        if self.points is not None and self.labels is not None:
+            if self.points.ndim != 3 or self.points.shape[2] != 2 or self.labels.shape != self.points.shape[:2]:
+                found = f"{list(self.points.shape)} and {list(self.labels.shape)}"
+                raise InvalidPrompt(f"points must be [N, K, 2] and labels [N, K], found {found}")
+            if self.boxes is not None and len(self.boxes) != len(self.points):
+                raise InvalidPrompt(f"{len(self.boxes)} boxes but {len(self.points)} sets of points")
+            if not np.isin(self.labels, (-1, 0, 1)).all():
+                raise InvalidPrompt("labels must be 1 (foreground), 0 (background) or -1 (padding)")
+            if len(self.points) and not (self.labels >= 0).any(axis=1).all() and self.boxes is None:
+                raise InvalidPrompt("a set of points is all padding (labels -1)")
+            real = self.points[self.labels >= 0]
+            if not np.isfinite(self.points).all():
+                raise InvalidPrompt("a point is not finite")
+            outside = (real < 0).any(axis=1) | (real[:, 0] > width) | (real[:, 1] > height)
+            if outside.any():
+                point = real[outside][0].tolist()
+                raise InvalidPrompt(f"point {point} lies outside the image of {width} × {height} pixels")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """One image's prompts. `embedding` [256, g, g] float16 or float32; `original` (height, width) in pixels.
+    `multimask` asks for three masks a prompt (whole, part, subpart) rather than one."""
+
+    embedding: np.ndarray
+    original: Size
+    prompts: Prompts
+    multimask: bool = False
+
+
+class Decoder(Protocol):
+    """What every runtime offers. Stateless."""
+
+    card: checkpoint.ModelCard
+
+    def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
+        """N prompts → ([N, M, 4g, 4g] float32 logits of the padded input, [N, M] predicted IoU); M is 1 or 3."""
+        ...
+
+
+class ReferenceDecoder:
+    """segment_anything's PromptEncoder and MaskDecoder in float32."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.card = checkpoint.ModelCard.read(folder)
+        self.device = device
+        with torch.device("meta"):
+            modules = checkpoint.build_decoder(self.card.architecture)
+        state = checkpoint.load_half(folder, checkpoint.DECODER, self.card)
+        for prefix, module in zip(("prompt_encoder.", "mask_decoder."), modules, strict=True):
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            module.load_state_dict(own, assign=True)
+        self.prompt_encoder, self.mask_decoder = (module.float().eval().to(device) for module in modules)
+        self.dense_pe = modules[0].get_dense_pe()  # type: ignore[operator]
+
+    @torch.inference_mode()
+    def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.card.architecture.image_size
+        embedding = torch.tensor(request.embedding, dtype=torch.float32, device=self.device)[None]
+
+        def scaled(coordinates: np.ndarray) -> torch.Tensor:
+            inside = preprocess.to_input_coordinates(coordinates, request.original, size)
+            return torch.from_numpy(inside).to(self.device)
+
+        all_logits, all_scores = [], []
+        for start in range(0, len(request.prompts), PROMPTS_A_CHUNK):
+            chunk = request.prompts.take(slice(start, start + PROMPTS_A_CHUNK))
+            boxes = None if chunk.boxes is None else scaled(chunk.boxes.reshape(-1, 2, 2)).reshape(-1, 4)
+            points = None
+            if chunk.points is not None and chunk.labels is not None:
+                points = scaled(chunk.points), torch.tensor(chunk.labels, device=self.device)
+            sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=None)
+            logits, scores = self.mask_decoder(
+                image_embeddings=embedding,
+                image_pe=self.dense_pe,
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=request.multimask,
+            )
+            all_logits.append(logits)
+            all_scores.append(scores)
+        return torch.cat(all_logits), torch.cat(all_scores)
+
+
+RUNTIMES = {"reference": ReferenceDecoder}
+
+
+def load(folder: Path, runtime: str = "reference", device: str = "cpu") -> Decoder:
+    """The decoder of a split model; the encoder's weights are never read. Raises as encoder.load."""
+    from serve_app.model.encoder import check_device
+
+    if runtime not in RUNTIMES:
+        raise InvalidSettings(f"no runtime {runtime!r}; there are {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime](folder, check_device(device))
+
+
+def segment(decoder: Decoder, requests: list[DecodeRequest]) -> list[MaskSet | CellrayError]:
+    """Requests → masks at original resolution, in order; a bad request is an error beside its neighbours.
+
+    Masks come prompt by prompt, and within a prompt in the decoder's order. No prompts give an empty set.
+
+    Errors:
+        InvalidPrompt, InvalidEmbedding
+    """
+    results: list[MaskSet | CellrayError] = []
+    for request in requests:
+        try:
+            check(decoder, request)
+            results.append(_segment_one(decoder, request))
+        except CellrayError as error:
+            results.append(error)
+        except RuntimeError:
+            log.exception("the decoder failed")
+            results.append(Internal("the decoder failed on this request; the replica's log has the cause"))
+    return results
+
+
+def check(decoder: Decoder, request: DecodeRequest) -> None:
+    sizes = decoder.card.architecture
+    expected = (sizes.channels, sizes.grid, sizes.grid)
+    if request.embedding.shape != expected:
+        raise InvalidEmbedding(
+            f"expected an embedding of shape {list(expected)}, found {list(request.embedding.shape)}: "
+            "was it made by another model?"
+        )
+    request.prompts.check(request.original)
+
+
+def _segment_one(decoder: Decoder, request: DecodeRequest) -> MaskSet:
+    channels = decoder.card.architecture.channels
+    parts = []
+    outputs = decoder.card.architecture.mask_outputs if request.multimask else 1
+    step = max(1, min(PROMPTS_A_CHUNK, PIXELS_A_CHUNK // (outputs * request.original[0] * request.original[1])))
+    for start in range(0, len(request.prompts), step):
+        prompts = request.prompts.take(slice(start, start + step))
+        logits, scores = decoder.logits(DecodeRequest(request.embedding, request.original, prompts, request.multimask))
+        index = np.repeat(np.arange(start, start + len(prompts), dtype=np.int32), outputs)
+        parts.append(to_masks(decoder, request, logits.flatten(0, 1), scores.flatten(), index))
+    return MaskSet.join(request.original, parts, channels)
+
+
+@torch.inference_mode()
+def to_masks(
+    decoder: Decoder, request: DecodeRequest, logits: torch.Tensor, scores: torch.Tensor, prompt_index: np.ndarray
+) -> MaskSet:
+    """[N, 4g, 4g] logits and [N] predicted IoU → masks at original resolution, as segment_anything's
+    `postprocess_masks` makes them."""
+    sizes = decoder.card.architecture
+    full = upscale(logits, request.original, sizes.image_size)
+    binary = (full > MASK_THRESHOLD).cpu().numpy()
+    counts = masks.encode(binary)
+    areas, boxes = masks.areas_and_boxes(counts, request.original)
+    return MaskSet(
+        size=request.original,
+        counts=counts,
+        boxes=boxes,
+        areas=areas,
+        predicted_iou=scores.float().cpu().numpy(),
+        stability=masks.stability(full).cpu().numpy(),
+        prompt_index=prompt_index,
+        object_embeddings=_object_embeddings(request, logits, sizes),
+    )
+
+
+def upscale(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tensor:
+    """[N, 4g, 4g] logits of the padded input → [N, height, width] at original resolution."""
+    height, width = preprocess.input_size(original, image_size)
+    padded = functional.interpolate(logits[None], (image_size, image_size), mode="bilinear", align_corners=False)
+    inner = padded[..., :height, :width]
+    return functional.interpolate(inner, original, mode="bilinear", align_corners=False)[0]
+
+
+def _object_embeddings(request: DecodeRequest, logits: torch.Tensor, sizes: checkpoint.Architecture) -> np.ndarray:
+    """[N, C] float32: the embedding's tokens weighed by the share of each that the mask covers, without padding."""
+    embedding = torch.tensor(request.embedding, dtype=torch.float32, device=logits.device)
+    height, width = preprocess.input_size(request.original, sizes.image_size)
+    side = sizes.image_size // logits.shape[-1]  # input pixels a logit
+    covered = (logits > MASK_THRESHOLD).float()
+    covered[:, -(-height // side) :] = 0
+    covered[:, :, -(-width // side) :] = 0
+    share = functional.avg_pool2d(covered[:, None], logits.shape[-1] // sizes.grid)[:, 0].flatten(1)
+    sums = share @ embedding.flatten(1).T
+    return (sums / share.sum(1, keepdim=True).clamp(min=1e-6)).cpu().numpy()

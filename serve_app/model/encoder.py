@@ -1,0 +1,117 @@
+"""The image encoder: pixels → embeddings. One interface; `reference` is segment_anything's own module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidImage, InvalidSettings
+from serve_app.model import checkpoint, preprocess
+
+log = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """What every runtime offers. Stateless: an answer depends on the call's images and the weights alone."""
+
+    card: checkpoint.ModelCard
+
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """B images [h, w, 3] uint8 RGB, long side = input size S → [B, 256, S/patch, S/patch] float32."""
+        ...
+
+
+class ReferenceEncoder:
+    """segment_anything's ImageEncoderViT in float32, fed one batch at a time."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.card = checkpoint.ModelCard.read(folder)
+        self.device = device
+        with torch.device("meta"):
+            module = checkpoint.build_encoder(self.card.architecture)
+        state = checkpoint.load_half(folder, checkpoint.ENCODER, self.card)
+        module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
+        self.module = module.float().eval().to(device)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        card = self.card
+        size = card.architecture.image_size
+        batch = preprocess.normalise(list(images), size, card.pixel_mean, card.pixel_std, self.device)
+        return self.module(batch)
+
+
+RUNTIMES = {"reference": ReferenceEncoder}
+
+
+def load(folder: Path, runtime: str = "reference", device: str = "cpu") -> Encoder:
+    """The encoder of a split model; the decoder's weights are never read.
+
+    Raises:
+        InvalidSettings: no such runtime, or a device that is not there.
+    """
+    if runtime not in RUNTIMES:
+        raise InvalidSettings(f"no runtime {runtime!r}; there are {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime](folder, check_device(device))
+
+
+def check_device(device: str) -> str:
+    """`auto` → `cuda` where there is a GPU, else `cpu`. Raises InvalidSettings for a device that is not there."""
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise InvalidSettings(f"device {device!r} was asked for, but this process sees no GPU")
+    return device
+
+
+def embed(encoder: Encoder, images: Sequence[np.ndarray], max_batch: int = 8) -> list[np.ndarray | CellrayError]:
+    """Images → embeddings [256, S/patch, S/patch] float16, in order; a bad image is an error beside its neighbours.
+
+    Errors:
+        InvalidImage: not [h, w, 3] uint8 with long side S.
+        InvalidEmbedding: the encoder answered with numbers that float16 cannot hold.
+    """
+    size = encoder.card.architecture.image_size
+    results: list[np.ndarray | CellrayError] = [_problem(image, size) for image in images]  # type: ignore[misc]
+    good = [index for index, problem in enumerate(results) if problem is None]
+    for start in range(0, len(good), max_batch):
+        chosen = good[start : start + max_batch]
+        for index, answer in zip(chosen, _encode(encoder, [images[index] for index in chosen]), strict=True):
+            results[index] = answer
+    return results
+
+
+def _encode(encoder: Encoder, images: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
+    try:
+        embeddings = encoder.encode(images).half()
+    except RuntimeError:  # out of memory, mostly: one by one, so that good neighbours are answered
+        if len(images) > 1:
+            return [answer for image in images for answer in _encode(encoder, [image])]
+        log.exception("the encoder failed")
+        return [Internal("the encoder failed on this image; the replica's log has the cause")]
+    finite = torch.isfinite(embeddings).flatten(1).all(1).tolist()
+    answers = zip(embeddings.cpu().numpy(), finite, strict=True)
+    return [
+        array.copy() if ok else InvalidEmbedding("the encoder's output is not finite in float16")
+        for array, ok in answers
+    ]
+
+
+def _problem(image: np.ndarray, size: int) -> InvalidImage | None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        return InvalidImage(f"expected [h, w, 3] uint8 pixels, found {list(image.shape)} {image.dtype}")
+    if max(image.shape[:2]) != size or 0 in image.shape:
+        return InvalidImage(f"expected a long side of {size} pixels, found {image.shape[0]} × {image.shape[1]}")
+    return None
+
+
+def pool(embedding: np.ndarray, input_size: preprocess.Size, patch: int) -> np.ndarray:
+    """[C, g, g] → [C] float32: the mean over the tokens that hold image, not padding."""
+    rows, columns = (-(-side // patch) for side in input_size)
+    return embedding[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)

@@ -1,0 +1,106 @@
+"""Masks as data: COCO RLE, boxes, areas, stability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco
+
+from cluster.errors import InvalidInput
+from serve_app.model.preprocess import Size
+
+STABILITY_OFFSET = 1.0  # logits; as SamAutomaticMaskGenerator
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSet:
+    """N masks of one image of `size` (height, width), as columns of equal length.
+
+    counts: compressed COCO RLE strings, column-major.
+    boxes: [N, 4] float32 xywh in pixels, around the mask; zeros for an empty one.
+    areas: [N] int64 pixels.
+    predicted_iou, stability: [N] float32.
+    prompt_index: [N] int32, which prompt each mask answers.
+    object_embeddings: [N, C] float32, the mean image embedding under each mask; zeros for an empty one.
+    """
+
+    size: Size
+    counts: list[str]
+    boxes: np.ndarray
+    areas: np.ndarray
+    predicted_iou: np.ndarray
+    stability: np.ndarray
+    prompt_index: np.ndarray
+    object_embeddings: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def take(self, indices: np.ndarray) -> MaskSet:
+        columns: dict[str, Any] = {}
+        for field in fields(self)[2:]:
+            columns[field.name] = getattr(self, field.name)[indices]
+        return MaskSet(self.size, [self.counts[i] for i in indices], **columns)
+
+    def decode(self) -> np.ndarray:
+        """[N, height, width] bool."""
+        return decode(self.counts, self.size)
+
+    @classmethod
+    def join(cls, size: Size, parts: list[MaskSet], channels: int) -> MaskSet:
+        """Parts of one image, one after the other; no parts give an empty set."""
+        if not parts:
+            flat = np.zeros(0, np.float32)
+            empty = np.zeros((0, channels), np.float32)
+            return cls(size, [], np.zeros((0, 4), np.float32), np.zeros(0, np.int64), flat, flat,
+                       np.zeros(0, np.int32), empty)  # fmt: skip
+        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)[2:]}
+        return cls(size, [counts for part in parts for counts in part.counts], **columns)
+
+
+def encode(masks: np.ndarray) -> list[str]:
+    """[N, height, width] bool → compressed COCO RLE strings."""
+    if not len(masks):
+        return []
+    encoded = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [rle["counts"].decode() for rle in encoded]
+
+
+def decode(counts: list[str], size: Size) -> np.ndarray:
+    """Compressed COCO RLE strings → [N, height, width] bool.
+
+    Raises:
+        InvalidInput: a string is no RLE of that size.
+    """
+    if not counts:
+        return np.zeros((0, *size), bool)
+    try:
+        planes = coco.decode([{"size": list(size), "counts": text.encode()} for text in counts])
+    except Exception as error:
+        raise InvalidInput(f"not a COCO RLE of {size[0]} × {size[1]} pixels: {error}") from error
+    return planes.transpose(2, 0, 1).astype(bool)
+
+
+def areas_and_boxes(counts: list[str], size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """RLE strings → ([N] int64 areas, [N, 4] float32 xywh boxes)."""
+    if not counts:
+        return np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+    rles = [{"size": list(size), "counts": text.encode()} for text in counts]
+    return coco.area(rles).astype(np.int64), coco.toBbox(rles).astype(np.float32)
+
+
+def stability(logits: torch.Tensor, offset: float = STABILITY_OFFSET) -> torch.Tensor:
+    """[N, h, w] logits → [N]: the IoU of the masks cut at +offset and −offset (as segment_anything's
+    `calculate_stability_score`); 0 where both are empty."""
+    inside = (logits > offset).flatten(1).sum(1)
+    around = (logits > -offset).flatten(1).sum(1)
+    return inside / around.clamp(min=1)
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two boolean masks; 1 where both are empty."""
+    union = np.logical_or(first, second).sum()
+    return float(np.logical_and(first, second).sum() / union) if union else 1.0

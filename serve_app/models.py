@@ -1,0 +1,68 @@
+"""From a model's name in the settings to its split checkpoint on this node."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cluster import weights
+from cluster.errors import NotFound
+from cluster.settings import ModelSettings, Settings
+from cluster.storage import Storage
+from serve_app.contract import ModelInfo
+from serve_app.model import checkpoint
+
+
+def find(settings: Settings, name: str) -> ModelSettings:
+    """The model's entry. Raises NotFound, naming those there are."""
+    if name not in settings.models:
+        raise NotFound(f"no model {name!r} in the settings; there are {', '.join(sorted(settings.models))}")
+    return settings.models[name]
+
+
+def prepare(settings: Settings, name: str) -> Path:
+    """The folder with the model's two halves and `model.json`, fetched and split on first use, then kept.
+
+    Raises:
+        NotFound, Forbidden, Unavailable, InvalidCheckpoint, InvalidSettings
+    """
+    model = find(settings, name)
+    folder = weights.cache_folder(settings.weights_dir, name, _identity(model))
+    with weights.lock(folder.with_suffix(".lock")):
+        if (folder / "model.json").exists():
+            return folder
+        if weights.is_seeded(model.source):
+            state = checkpoint.seeded(*weights.seed_of(model.source))
+            digest = hashlib.sha256(model.source.encode()).hexdigest()
+            checkpoint.extract(
+                state, folder, source=model.source, source_sha256=digest, licence=model.licence, trained=False
+            )
+            return folder
+        with weights.fetched(model, Storage(settings.storage)) as (path, digest):
+            state = checkpoint.read_state(path)
+            checkpoint.extract(state, folder, source=model.source, source_sha256=digest, licence=model.licence)
+    return folder
+
+
+def _identity(model: ModelSettings) -> str:
+    """What the cached split depends on; a local file that was replaced is another one."""
+    path = Path(model.source).expanduser()
+    stamp = f"{path.stat().st_mtime_ns} {path.stat().st_size}" if "://" not in model.source and path.is_file() else ""
+    return "\n".join((model.source, model.sha256 or "", stamp))
+
+
+def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str) -> ModelInfo:
+    sizes = card.architecture
+    return ModelInfo(
+        name=name,
+        family=card.family,
+        image_size=sizes.image_size,
+        patch=sizes.patch,
+        channels=sizes.channels,
+        encoder_sha256=card.encoder_sha256,
+        decoder_sha256=card.decoder_sha256,
+        licence=card.licence,
+        trained=card.trained,
+        runtime=runtime,
+        device=device,
+    )

@@ -1,0 +1,139 @@
+"""The operations over handles and the store: embed, segment, automask, models. Knows no protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import CellrayError, DeadlineExceeded, Internal, InvalidPrompt, NotFound, Overloaded, Unavailable
+from cluster.settings import Settings
+from serve_app import contract
+from serve_app.contract import Embedding, ModelInfo
+from serve_app.model import preprocess
+from serve_app.model.automask import GridOptions
+from serve_app.model.decoder import DecodeRequest, Prompts
+from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import ModelImage
+from serve_app.store import EmbeddingStore
+
+
+class Service:
+    """One an ingress replica. `handles` are (encoder, decoder) of each named model in turn."""
+
+    def __init__(self, settings: Settings, names: list[str], handles: Sequence[DeploymentHandle]) -> None:
+        self.limits = settings.limits
+        self.names = names
+        self.encoders = dict(zip(names, handles[::2], strict=True))
+        self.decoders = dict(zip(names, handles[1::2], strict=True))
+        self.store = EmbeddingStore(settings)
+        self.infos: dict[str, ModelInfo] = {}
+
+    async def models(self) -> list[ModelInfo]:
+        return [await self.info(name) for name in self.names]
+
+    async def info(self, model: str | None) -> ModelInfo:
+        """Of a model by name; the first one if None. Raises NotFound for a model that is not served."""
+        name = model or self.names[0]
+        if name not in self.encoders:
+            raise NotFound(f"model {name!r} is not served here; there are {', '.join(self.names)}")
+        if name not in self.infos:
+            self.infos[name] = await self._call(self.decoders[name].info.remote())
+        return self.infos[name]
+
+    async def embed(self, data: bytes, model: str | None) -> Embedding:
+        """Image file bytes → embedding; one whose embedding is in memory does not run the encoder.
+
+        Raises:
+            InvalidImage and its kinds, NotFound, Unavailable, DeadlineExceeded
+        """
+        info = await self.info(model)
+        image_id = contract.image_id(data)
+        embedding_id = contract.embedding_id(image_id, info.encoder_sha256)
+        known = self.store.recall(embedding_id)
+        if known:
+            return known
+        image: ModelImage = await anyio.to_thread.run_sync(self._decode, data, info.image_size)
+        (array,) = await self._call(self.encoders[info.name].encode.remote([image.pixels]))
+        embedding = Embedding(
+            embedding_id=embedding_id,
+            image_id=image_id,
+            model=info.name,
+            encoder_sha256=info.encoder_sha256,
+            original=image.original,
+            input=image.input,
+            array=_value(array),
+        )
+        self.store.put(embedding)
+        return embedding
+
+    def _decode(self, data: bytes, image_size: int) -> ModelImage:
+        return preprocess.resize(preprocess.decode(data, self.limits.image_pixels), image_size)
+
+    async def embedding(self, embedding_id: str, model: str | None) -> tuple[Embedding, ModelInfo]:
+        """A stored embedding and the model to decode it with: the one named, or the one that made it.
+
+        Raises:
+            NotFound: no such embedding, or none of the served models has its encoder.
+        """
+        found = await anyio.to_thread.run_sync(self.store.get, embedding_id)
+        infos = [await self.info(model)] if model else await self.models()
+        for info in infos:
+            if info.encoder_sha256 == found.encoder_sha256:
+                return found, info
+        names = model or ", ".join(self.names)
+        raise NotFound(f"the embedding was made by another encoder ({found.model}) than that of {names}")
+
+    async def segment(self, embedding: Embedding, model: str, prompts: Prompts, multimask: bool) -> MaskSet:
+        """Raises InvalidPrompt, InvalidEmbedding, Unavailable, DeadlineExceeded."""
+        if len(prompts) > self.limits.prompts:
+            raise InvalidPrompt(f"{len(prompts)} prompts for one image; the limit is {self.limits.prompts}")
+        prompts.check(embedding.original)
+        request = DecodeRequest(embedding.array, embedding.original, prompts, multimask)
+        (found,) = await self._call(self.decoders[model].segment.remote([request]))
+        return _value(found)
+
+    async def automask(self, embedding: Embedding, model: str, options: GridOptions) -> MaskSet:
+        options.check()
+        handle = self.decoders[model].automask
+        (found,) = await self._call(handle.remote([(embedding.array, embedding.original)], options))
+        return _value(found)
+
+    async def ready(self) -> None:
+        """Every encoder and decoder has answered once; raises Unavailable otherwise."""
+        for handle in (*self.encoders.values(), *self.decoders.values()):
+            await self._call(handle.info.remote())
+
+    async def _call(self, response: Any) -> Any:
+        """A replica's answer within the deadline; Ray's errors become ours."""
+        try:
+            return await asyncio.wait_for(response, self.limits.request_timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer within {self.limits.request_timeout_s:g} s") from error
+        except Exception as error:
+            raise foreign(error) from error
+
+
+def foreign(error: Exception) -> CellrayError:
+    """What a handle raised, as one of our errors: a full queue, a lost replica, or a defect."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, CellrayError):
+        return cause
+    if isinstance(error, BackPressureError):
+        return Overloaded("all replicas are busy and their queue is full")
+    if isinstance(error, RayActorError) or "DeploymentUnavailable" in type(error).__name__:
+        return Unavailable("a replica went away before it answered")
+    return Internal(f"a replica failed with {type(cause).__name__}; its log has the cause")
+
+
+def _value(answer: np.ndarray | MaskSet | CellrayError) -> Any:
+    if isinstance(answer, CellrayError):
+        raise answer
+    return answer
