@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -32,7 +33,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(
             "no Ray cluster answers: start one with `make serve`, or submit this with `ray job submit`"
@@ -46,7 +47,11 @@ def replicas(app: str) -> dict[str, int]:
     application = serve.status().applications.get(app)
     if application is None:
         raise NotFound(f"the Serve app {app!r} is not deployed on this cluster: `serve deploy deploy/serve.local.yaml`")
-    return {name: one.replica_states.get("RUNNING", 0) for name, one in application.deployments.items()}
+    return {name: _running(one) for name, one in application.deployments.items()}
+
+
+def _running(deployment: Any) -> int:
+    return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,11 @@ def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Ses
     Raises:
         InvalidSettings: Serve refused the config. Unavailable: the app did not become ready.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported, by jobs and replicas as well
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     import ray
     from ray import serve
 
     folder = tempfile.mkdtemp(prefix="cellray-", dir="/tmp")  # short: Ray's socket paths may have 107 bytes
-    http = {"host": "127.0.0.1", "port": 8000} | dict(config.get("http_options") or {})
+    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **(config.get("http_options") or {})}
     http["port"] = _free_port(http["port"])
     try:
         say("starting Ray")
@@ -82,7 +85,7 @@ def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Ses
             _temp_dir=folder,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         dashboard = f"http://{context.dashboard_url}"
         say("deploying")

@@ -155,6 +155,7 @@ def execute(
         print(f"{job.name}: model {model.name} is untrained: random weights, its numbers mean nothing", flush=True)
     metadata = {
         "fingerprint": plan.fingerprint,
+        "encoder_sha256": model.encoder_sha256,
         "model": model.name,
         "licence": model.licence,
         "trained": str(model.trained).lower(),

@@ -30,7 +30,7 @@ The images stream through the replicas of the Serve app, so the app must be runn
 resumes; a different one on the same OUTPUT is refused."""
 EPILOG = """examples:
   python -m jobs.embed ~/plates out --model nano
-  ray job submit --address http://127.0.0.1:8265 -- python -m jobs.embed s3://in/plates s3://out/plates --model sam_vit_b
+  ray job submit -- python -m jobs.embed s3://in/plates s3://out/plates --model sam_vit_b --parallel 8
 """
 
 

@@ -53,10 +53,8 @@ class Plan:
         ours = json.loads(self._canonical())
         if there != ours:
             keys = [key for key in sorted(there | ours) if there.get(key) != ours.get(key)]
-            differences = "; ".join(
-                f"{key}: {_short(there.get(key))} there, {_short(ours.get(key))} here" for key in keys
-            )
-            raise Conflict(f"{out} holds another {self.job} ({differences}). Choose another output, or its settings")
+            found = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(ours.get(key))} here" for key in keys)
+            raise Conflict(f"{out} holds another {self.job} ({found}). Choose another output, or the same arguments")
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
@@ -65,7 +65,7 @@ class Pipeline(Generic[Source, Item, Result]):
 
     read(source) and call(items) run in threads; `call` returns one result or error an item.
     cost(source) is the bytes it holds while in flight; at most IN_FLIGHT_BYTES are, but always at least one source.
-    An error of a source stays with it; one that would hit every source (the storage or all replicas are away) is raised.
+    An error of a source stays with it; one that would hit all of them (no storage, no replicas) is raised.
     """
 
     def __init__(
@@ -165,11 +165,11 @@ def run(
                 index, chosen = waiting.popleft()
                 attempts[index] = attempts.get(index, 0) + 1
                 running[task.options(num_returns="streaming").remote(*arguments, index, chosen)] = index
-            ready, _ = ray.wait(list(running), timeout=1.0)
+            ready: list[Any] = ray.wait(list(running), timeout=1.0)[0]
             for stream in ready:
                 index = running[stream]
                 try:
-                    latest[index] = ray.get(next(stream))
+                    latest[index] = cast(Progress, ray.get(next(stream)))
                 except StopIteration:
                     del running[stream]
                 except RayTaskError as error:
@@ -179,9 +179,7 @@ def run(
                     raise Internal(f"shard {index} failed with {type(cause).__name__}: {cause}") from error
                 except RayError as error:
                     if attempts[index] == SHARD_ATTEMPTS or isinstance(error, TaskCancelledError):
-                        raise Unavailable(
-                            f"the worker of shard {index} died {attempts[index]} times: {error}"
-                        ) from error
+                        raise Unavailable(f"shard {index} gave up after {attempts[index]} attempts: {error}") from error
                     log.warning(f"the worker of shard {index} died; the shard starts again")
                     del running[stream]
                     latest.pop(index, None)

@@ -1,7 +1,5 @@
 """Wiring: from Serve's `args:` to the application."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +121,12 @@ def embedding_of(row: dict[str, Any]) -> Embedding:
 
 
 def mask_rows(
-    found: MaskSet, embedding: Embedding, image_uri: str, decoder_sha256: str, prompt_type: str, prompts: list[str]
+    found: MaskSet,
+    embedding: Embedding,
+    image_uri: str,
+    decoder_sha256: str,
+    prompt_type: str,
+    prompts: Mapping[int, str],
 ) -> pa.Table:
     """Rows of `masks` for one image; `prompts[i]` is prompt i as JSON."""
     size = list(found.size)
@@ -137,7 +142,7 @@ def mask_rows(
             "predicted_iou": found.predicted_iou[index],
             "stability_score": found.stability[index],
             "prompt_type": prompt_type,
-            "prompt": prompts[found.prompt_index[index]],
+            "prompt": prompts[int(found.prompt_index[index])],
             "box_score": None,
             "object_embedding": found.object_embeddings[index],
             "model": embedding.model,
@@ -178,6 +183,7 @@ class Record:
     generation: int
     shard: int
     fingerprint: str
+    encoder_sha256: str
     files: tuple[ShardFile, ...]
     embedding_ids: tuple[str, ...] = ()
 
@@ -203,7 +209,7 @@ class ShardWriter:
     """Collects one shard's rows in local files, a row or an image at a time, then commits them. Use it in a `with`."""
 
     def __init__(self, storage: Storage, out: str, job: str, shard: int, metadata: dict[str, str]) -> None:
-        """`metadata` goes to every footer and must hold `fingerprint`."""
+        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`."""
         self.storage, self.out, self.job, self.shard = storage, out, job, shard
         self.metadata = {"schema_version": SCHEMA_VERSION, "job": job, "shard": str(shard), **metadata}
         self.folder = Path(tempfile.mkdtemp(prefix="cellray-shard-"))
@@ -265,7 +271,15 @@ class ShardWriter:
             path = f"{dataset}/{self.job}-000-{self.shard:06d}.parquet"
             size, sha256 = self._publish(join(self.out, path), self.folder / f"{dataset}.parquet")
             files.append(ShardFile(dataset, path, self.rows[dataset], size, sha256))
-        record = Record(self.job, 0, self.shard, self.metadata["fingerprint"], tuple(files), tuple(self.embedding_ids))
+        record = Record(
+            job=self.job,
+            generation=0,
+            shard=self.shard,
+            fingerprint=self.metadata["fingerprint"],
+            encoder_sha256=self.metadata["encoder_sha256"],
+            files=tuple(files),
+            embedding_ids=tuple(self.embedding_ids),
+        )
         uri = record_uri(self.out, self.job, self.shard)
         try:
             self.storage.publish(uri, record.to_json())
@@ -329,12 +343,13 @@ class Dataset:
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """All committed rows of these columns, in memory: leave `embedding` out where there are many."""
         chosen = columns or SCHEMAS[name].names
-        tables = [self._read(uri, chosen) for uri, _ in self.files(name)]
+        tables = [self.read(uri, chosen) for uri, _ in self.files(name)]
         if tables:
             return pa.concat_tables(tables)
         return pa.schema([SCHEMAS[name].field(column) for column in chosen]).empty_table()
 
-    def _read(self, uri: str, columns: list[str]) -> pa.Table:
+    def read(self, uri: str, columns: list[str]) -> pa.Table:
+        """These columns of one committed file."""
         with self.storage.open(uri) as file:
             return pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(None)
 

@@ -31,17 +31,20 @@ def prepare(settings: Settings, name: str) -> Path:
     with weights.lock(folder.with_suffix(".lock")):
         if (folder / "model.json").exists():
             return folder
-        if weights.is_seeded(model.source):
-            state = checkpoint.seeded(*weights.seed_of(model.source))
-            digest = hashlib.sha256(model.source.encode()).hexdigest()
-            checkpoint.extract(
-                state, folder, source=model.source, source_sha256=digest, licence=model.licence, trained=False
-            )
-            return folder
-        with weights.fetched(model, Storage(settings.storage)) as (path, digest):
-            state = checkpoint.read_state(path)
-            checkpoint.extract(state, folder, source=model.source, source_sha256=digest, licence=model.licence)
+        state, digest, trained = read(model, settings)
+        checkpoint.extract(
+            state, folder, source=model.source, source_sha256=digest, licence=model.licence, trained=trained
+        )
     return folder
+
+
+def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, str, bool]:
+    """(tensors, sha256 of the source, whether trained) of a model's whole checkpoint."""
+    if weights.is_seeded(model.source):
+        state = checkpoint.seeded(*weights.seed_of(model.source))
+        return state, hashlib.sha256(model.source.encode()).hexdigest(), False
+    with weights.fetched(model, Storage(settings.storage)) as (path, digest):
+        return checkpoint.read_state(path), digest, True
 
 
 def _identity(model: ModelSettings) -> str:

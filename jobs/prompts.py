@@ -1,0 +1,112 @@
+"""Prompt tables: which boxes and points to segment in which image."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import InvalidPrompt
+from cluster.settings import MIB
+from cluster.storage import Storage, join
+from serve_app.model.decoder import Prompts
+
+MAX_TABLE_BYTES = 1024 * MIB
+COLUMNS = "image_uri and box [x0, y0, x1, y1], or points [[x, y], …] with labels [1, 0, …], or both"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePrompts:
+    """One image's prompts, and each of them as JSON for the masks data set."""
+
+    prompts: Prompts
+    texts: list[str]
+
+    @property
+    def type(self) -> str:
+        return "box" if self.prompts.points is None else "points" if self.prompts.boxes is None else "box+points"
+
+
+def read(storage: Storage, uri: str, base: str) -> dict[str, ImagePrompts]:
+    """A Parquet, CSV or JSONL table, one row an object, by image URI. CSV holds lists as JSON text.
+
+    `image_uri` is a full URI, or relative to `base`.
+
+    Raises:
+        InvalidPrompt: a column is missing, or a row does not parse: names the row. NotFound: no such table.
+    """
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    for number, row in enumerate(_rows(storage, uri)):
+        try:
+            image, prompt = _parse(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidPrompt(f"{uri}, row {number}: {error}; expected columns {COLUMNS}") from error
+        full = image if "://" in image or image.startswith("/") else join(base, image)
+        by_image.setdefault(full, []).append(prompt)
+    return {image: _collect(uri, image, rows) for image, rows in by_image.items()}
+
+
+def _rows(storage: Storage, uri: str) -> list[dict[str, Any]]:
+    data = storage.read(uri, MAX_TABLE_BYTES)
+    try:
+        if uri.endswith(".parquet"):
+            table = pq.read_table(io.BytesIO(data))
+        elif uri.endswith(".csv"):
+            from pyarrow import csv
+
+            table = csv.read_csv(io.BytesIO(data))
+        elif uri.endswith((".jsonl", ".ndjson")):
+            return [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+        else:
+            raise InvalidPrompt(f"{uri} is no prompt table; expected .parquet, .csv or .jsonl")
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise InvalidPrompt(f"{uri} could not be read as a table: {error}") from error
+    names = set(table.column_names)
+    if "image_uri" not in names or not names & {"box", "points"}:
+        raise InvalidPrompt(f"{uri} has columns {', '.join(sorted(names))}; expected {COLUMNS}")
+    return table.to_pylist()
+
+
+def _parse(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(image URI, {"box": …, "points": …, "labels": …}) with lists of floats and ints."""
+    if not isinstance(row, dict) or not isinstance(row.get("image_uri"), str):
+        raise ValueError("no image_uri")
+    values = {name: row.get(name) for name in ("box", "points", "labels")}
+    values = {name: json.loads(value) if isinstance(value, str) else value for name, value in values.items()}
+    prompt: dict[str, Any] = {}
+    if values["box"] is not None:
+        box = [float(value) for value in values["box"]]
+        if len(box) != 4:
+            raise ValueError(f"a box has 4 numbers, found {len(box)}")
+        prompt["box"] = box
+    if values["points"] is not None:
+        points = [[float(x), float(y)] for x, y in values["points"]]
+        labels = [int(label) for label in values["labels"] or [1] * len(points)]
+        if not points or len(labels) != len(points):
+            raise ValueError(f"{len(points)} points with {len(labels)} labels")
+        prompt |= {"points": points, "labels": labels}
+    if not prompt:
+        raise ValueError("neither box nor points")
+    return row["image_uri"], prompt
+
+
+def _collect(uri: str, image: str, rows: list[dict[str, Any]]) -> ImagePrompts:
+    if len({frozenset(row) for row in rows}) > 1:
+        raise InvalidPrompt(f"{uri}: the prompts of {image} are of different kinds; give one kind an image")
+    boxes = np.array([row["box"] for row in rows], np.float32) if "box" in rows[0] else None
+    texts = [json.dumps(row) for row in rows]
+    if "points" not in rows[0]:
+        return ImagePrompts(Prompts(boxes=boxes), texts)
+    most = max(len(row["points"]) for row in rows)
+    points = np.zeros((len(rows), most, 2), np.float32)
+    labels = np.full((len(rows), most), -1, np.int32)
+    for index, row in enumerate(rows):
+        points[index, : len(row["points"])] = row["points"]
+        labels[index, : len(row["labels"])] = row["labels"]
+    return ImagePrompts(Prompts(boxes, points, labels), texts)

@@ -1,0 +1,277 @@
+"""`python -m jobs.segment INPUT OUTPUT --model NAME`: images or stored embeddings → masks, as Parquet."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import cast
+
+import numpy as np
+import ray
+
+from cluster.errors import CellrayError, InvalidInput, NotFound
+from cluster.settings import Settings
+from cluster.storage import File, Storage, absolute
+from jobs import driver, images, prompts, replicas
+from jobs.driver import Job
+from jobs.embed import embedding
+from jobs.images import ReadImage
+from jobs.plan import Plan, listing_hash, shards
+from jobs.prompts import ImagePrompts
+from jobs.shards import Pipeline, Progress, measured
+from serve_app import dataset
+from serve_app.contract import Embedding, ModelInfo
+from serve_app.dataset import ShardWriter
+from serve_app.model.automask import GridOptions
+from serve_app.model.decoder import DecodeRequest
+from serve_app.model.masks import MaskSet
+
+NAME = "segment"
+DESCRIPTION = """Write instance masks for the images of INPUT to OUTPUT, from prompts or from a grid of points.
+
+With --embeddings the images are neither read nor encoded: their embeddings come from a data set of jobs.embed, matched
+by the image's URI, and only decoder replicas are called. Without it each image is encoded on the way.
+
+A prompt table is Parquet, CSV or JSONL with one row an object: image_uri (full, or relative to INPUT), and box
+[x0, y0, x1, y1] and/or points [[x, y], …] with labels [1, 0, …], in pixels of the original image."""
+EPILOG = """examples:
+  python -m jobs.segment ~/plates out --model nano --embeddings out --grid 16
+  python -m jobs.segment s3://in/plates s3://out/plates --model sam_vit_b --prompts s3://in/boxes.parquet
+"""
+DEFAULT_GRID = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image to segment: its prompts (None: the grid), and its embedding's (file, row) if that is stored."""
+
+    file: File
+    prompts: ImagePrompts | None
+    stored: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of the decoder; `grid` is None where there are prompts."""
+
+    multimask: bool
+    grid: GridOptions | None
+    from_embeddings: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = driver.parser(NAME, DESCRIPTION, EPILOG)
+    made.add_argument("--embeddings", metavar="DATASET", help="an OUTPUT of jobs.embed by the same model's encoder")
+    what = made.add_mutually_exclusive_group()
+    what.add_argument("--prompts", metavar="TABLE", help="boxes or points to segment; images without any are left out")
+    what.add_argument(
+        "--grid", type=int, metavar="N", help=f"find all objects from N × N points (default: {DEFAULT_GRID})"
+    )
+    made.add_argument("--multimask", action="store_true", help="with --prompts: three masks a prompt, not one")
+    defaults = GridOptions()
+    grid = made.add_argument_group("grid", "thresholds, as in segment_anything's SamAutomaticMaskGenerator")
+    for name in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
+        option = "--" + name.replace("_", "-")
+        grid.add_argument(option, type=float, default=getattr(defaults, name), help="(default: %(default)s)")
+    return driver.main(NAME, made, _run, argv)
+
+
+def _run(job: Job) -> int:
+    arguments = job.arguments
+    options = _options(arguments)
+    files = list(images.find(job.storage, job.input))
+    table = prompts.read(job.storage, arguments.prompts, job.input) if arguments.prompts else None
+    if table is not None:
+        _refuse_strangers(table, files, job)
+        files = [file for file in files if file.uri in table]
+    files = files[: arguments.limit]
+    info = replicas.connect(arguments.model)
+    stored = _stored(job, info, files) if arguments.embeddings else {}
+    sources = [Source(file, table[file.uri] if table else None, stored.get(file.uri)) for file in files]
+    facts = {
+        "input": job.input,
+        "listing": listing_hash(files),
+        "images": len(files),
+        "shard_images": arguments.shard_images,
+        "model": info.name,
+        "encoder_sha256": info.encoder_sha256,
+        "decoder_sha256": info.decoder_sha256,
+        "preprocess": info.preprocess,
+        "embeddings": absolute(arguments.embeddings) if arguments.embeddings else None,
+        "prompts": _hash(table) if table is not None else None,
+        "multimask": options.multimask,
+        "grid": asdict(options.grid) if options.grid else None,
+    }
+    work = shards(sources, arguments.shard_images)
+    context = (job.settings, job.output, info, arguments.batch, options)
+    return driver.execute(job, Plan(NAME, facts), _shard, context, work, info, replicas.running(info.name))
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from_embeddings = arguments.embeddings is not None
+    if arguments.prompts:
+        return Options(arguments.multimask, None, from_embeddings)
+    if arguments.multimask:
+        raise InvalidInput("--multimask goes with --prompts; a grid always looks at three masks a point")
+    grid = GridOptions(
+        DEFAULT_GRID if arguments.grid is None else arguments.grid,
+        arguments.pred_iou_thresh,
+        arguments.stability_score_thresh,
+        arguments.box_nms_thresh,
+    )
+    grid.check()
+    return Options(False, grid, from_embeddings)
+
+
+def _refuse_strangers(table: dict[str, ImagePrompts], files: list[File], job: Job) -> None:
+    strangers = sorted(set(table) - {file.uri for file in files})
+    if strangers:
+        raise InvalidInput(
+            f"{job.arguments.prompts} has prompts for {len(strangers)} images that are not under {job.input}, "
+            f"e.g. {strangers[0]}"
+        )
+
+
+def _hash(table: dict[str, ImagePrompts]) -> str:
+    text = json.dumps([(uri, table[uri].texts) for uri in sorted(table)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stored(job: Job, info: ModelInfo, files: list[File]) -> dict[str, tuple[str, int]]:
+    """Image URI → (embeddings file, row). Raises where nothing matches, or another encoder made the data set."""
+    found = dataset.open(job.arguments.embeddings, job.storage)
+    wanted = {file.uri for file in files}
+    rows: dict[str, tuple[str, int]] = {}
+    known = ""
+    for uri, record in found.files(dataset.EMBEDDINGS):
+        if record.encoder_sha256 != info.encoder_sha256:
+            raise InvalidInput(
+                f"{found.uri} was made by another encoder ({record.encoder_sha256[:12]}…) than that of {info.name} "
+                f"({info.encoder_sha256[:12]}…): embed the images with {info.name} first"
+            )
+        for row, image_uri in enumerate(found.read(uri, ["image_uri"])["image_uri"].to_pylist()):
+            known = image_uri
+            if image_uri in wanted:
+                rows[image_uri] = uri, row
+    if not rows:
+        example = f"its images are like {known}" if known else "it holds no embeddings"
+        raise NotFound(f"{found.uri} has none of the {len(files)} images of {job.input}: {example}")
+    return rows
+
+
+Item = tuple[Source, Embedding | ReadImage]
+Answer = tuple[Embedding, MaskSet]
+
+
+class _Segmenter:
+    """Reads and segments sources; `read` and `call` are the two ends of a shard's pipeline."""
+
+    def __init__(self, settings: Settings, info: ModelInfo, options: Options) -> None:
+        self.storage, self.limits, self.info, self.options = Storage(settings.storage), settings.limits, info, options
+        timeout_s = settings.limits.request_timeout_s
+        self.encode = replicas.encoder(info.name, timeout_s)
+        self.decode = replicas.decoder(info.name, timeout_s)
+        self.automask = replicas.automask(info.name, options.grid, timeout_s) if options.grid else None
+
+    def read(self, source: Source) -> Item:
+        if not self.options.from_embeddings:
+            return source, images.read(self.storage, source.file, self.info.image_size, self.limits)
+        if source.stored is None:
+            raise NotFound("its embedding is not in the data set: it failed there, or was added later")
+        uri, row = source.stored
+        return source, next(dataset.open_embeddings(self.storage, uri, [row]))
+
+    def call(self, items: list[Item]) -> list[Answer | CellrayError]:
+        embeddings = self._embed([item for _, item in items])
+        pairs = zip((source for source, _ in items), embeddings, strict=True)
+        ready = [(source, one) for source, one in pairs if isinstance(one, Embedding)]
+        found = iter(self._segment(ready) if ready else [])
+        answers: list[Answer | CellrayError] = []
+        for one in embeddings:
+            masks = one if isinstance(one, CellrayError) else next(found)
+            answers.append(masks if isinstance(masks, CellrayError) else (cast(Embedding, one), masks))
+        return answers
+
+    def _embed(self, items: list[Embedding | ReadImage]) -> list[Embedding | CellrayError]:
+        """Stored embeddings as they are; images through the encoder, all in one call."""
+        fresh = [item for item in items if isinstance(item, ReadImage)]
+        arrays = iter(self.encode([item.image.pixels for item in fresh]) if fresh else [])
+        results: list[Embedding | CellrayError] = []
+        for item in items:
+            if isinstance(item, Embedding):
+                results.append(item)
+                continue
+            array = next(arrays)
+            results.append(embedding(item, array, self.info) if isinstance(array, np.ndarray) else array)
+        return results
+
+    def _segment(self, ready: list[tuple[Source, Embedding]]) -> list[MaskSet | CellrayError]:
+        if self.automask:
+            return self.automask([(one.array, one.original) for _, one in ready])
+        return self.decode(
+            [
+                DecodeRequest(one.array, one.original, source.prompts.prompts, self.options.multimask)
+                for source, one in ready
+                if source.prompts is not None
+            ]
+        )
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _shard(
+    settings: Settings,
+    out: str,
+    info: ModelInfo,
+    batch: int,
+    options: Options,
+    metadata: dict[str, str],
+    index: int,
+    sources: Sequence[Source],
+) -> Iterator[Progress]:
+    progress = Progress(index)
+    segmenter = _Segmenter(settings, info, options)
+    held = 3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape))
+    pipeline = Pipeline[Source, Item, Answer](
+        segmenter.read, segmenter.call, lambda source: source.file.size + held, batch, progress
+    )
+    with ShardWriter(segmenter.storage, out, NAME, index, metadata) as writer:
+        for done in pipeline.run(sources):
+            progress.images += 1
+            uri = done.source.file.uri
+            if not options.from_embeddings and not isinstance(done.item, CellrayError):
+                progress.encoder_calls += 1
+            if isinstance(done.item, CellrayError):
+                progress.errors += 1
+                writer.add(dataset.ERRORS, dataset.error_row(uri, "read", done.item))
+            elif isinstance(done.result, CellrayError):
+                progress.errors += 1
+                writer.add(dataset.ERRORS, dataset.error_row(uri, "segment", done.result))
+            elif done.result is not None:
+                made, found = done.result
+                texts, kind = _prompt_texts(done.source, found, options)
+                writer.add(dataset.MASKS, dataset.mask_rows(found, made, uri, info.decoder_sha256, kind, texts))
+                progress.masks += len(found)
+            if progress.images % batch == 0:
+                yield replace(measured(progress))
+        record = writer.commit()
+    progress.bytes_written = sum(file.bytes for file in record.files)
+    yield measured(progress)
+
+
+def _prompt_texts(source: Source, found: MaskSet, options: Options) -> tuple[dict[int, str], str]:
+    """Each mask's prompt as JSON, by prompt index, and the kind."""
+    if source.prompts is not None:
+        return dict(enumerate(source.prompts.texts)), source.prompts.type
+    assert options.grid is not None
+    from serve_app.model.automask import point_grid
+
+    points = point_grid(options.grid.points_per_side, found.size)
+    return {int(i): json.dumps({"points": points[i].tolist(), "labels": [1]}) for i in found.prompt_index}, "grid"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
