@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster import serve_config
 from cluster import settings as settings_module
 from cluster.errors import CellrayError, InvalidInput
 
@@ -120,13 +121,14 @@ def _show(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from jobs import demo
 
-    return demo.serve(arguments.serve_config, signal.pause)
+    return demo.serve(serve_config.read(arguments.serve_config), signal.pause)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from jobs import demo
 
-    return demo.run(settings_module.load(arguments.config), arguments.serve_config, arguments.to)
+    settings = settings_module.load(arguments.config)
+    return demo.run(settings, serve_config.read(arguments.serve_config), arguments.to)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from cluster import session
-from cluster.errors import InvalidInput, InvalidSettings, Unavailable
+from cluster.errors import InvalidInput, Unavailable
 from cluster.settings import Settings
 from jobs import samples, show
 
@@ -28,24 +27,12 @@ PROGRESS = re.compile(r"^\w+: (\d+)/(\d+) images, (\d+) errors", re.MULTILINE)
 COLUMNS = ("job", "images", "errors", "seconds", "img/s", "bytes written", "replicas")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A Serve config as of `serve deploy`. Raises InvalidSettings."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidSettings(f"{path} is not a readable Serve config: {error}") from error
-    if not isinstance(config, dict) or not config.get("applications"):
-        raise InvalidSettings(f"{path} has no applications: expected a config as of `serve deploy`")
-    return config
-
-
 def say(text: str) -> None:
     print(f"  {text} …", flush=True)
 
 
-def run(settings: Settings, serve_config: Path, folder: Path) -> int:
+def run(settings: Settings, config: dict[str, Any], folder: Path) -> int:
     """Everything under `folder`: images/, dataset/, index.html, contact.png. Returns 0, or 1 if a job failed."""
-    config = read_config(serve_config)
     images, out = folder / "images", folder / "dataset"
     _remove_dataset(out)
     samples.write_samples(images)
@@ -129,9 +116,9 @@ def _print_table(reports: list[dict[str, Any]]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def serve(serve_config: Path, wait: Callable[[], None]) -> int:
+def serve(config: dict[str, Any], wait: Callable[[], None]) -> int:
     """Keep the app up until `wait` returns or Ctrl-C."""
-    with session.local(read_config(serve_config), say) as started:
+    with session.local(config, say) as started:
         print(
             f"\nHTTP        {started.http}\n"
             f"API docs    {started.http}/docs\n"

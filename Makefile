@@ -1,0 +1,34 @@
+# Needs Python 3.11 or newer and make. Everything else is set up in .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo serve test lint bench clean
+
+demo: $(READY)  ## embed and segment real images here, and draw what came out
+	$(BIN)/cellray demo
+
+serve: $(READY)  ## the same app, kept up until Ctrl-C
+	$(BIN)/cellray serve
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY)  ## ratios against peers; each prints a table and one line of JSON
+	$(BIN)/python -m tests.benchmarks.job
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=…"; exit 1; }
+	@echo "setting up .venv: about 6.5 GB, most of it PyTorch with CUDA; a few minutes …"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+	@echo "ready: $$(du -sh .venv | cut -f1) in .venv"

@@ -1,0 +1,61 @@
+"""One Ray with the app, and one S3 server, for all the tests that need them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before anything imports Ray: it keeps its auth token, and we our weights, under HOME.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="cellray-test-home-")
+os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing"
+os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+
+import pytest
+import yaml
+
+from jobs import samples
+from tests.s3 import server
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+
+
+@dataclass(frozen=True)
+class App:
+    """The running app: its URLs, the settings file it reads, the S3 server, and a data set that the settings name."""
+
+    http: str
+    dashboard: str
+    config: str
+    endpoint: str
+    dataset: str
+
+
+@pytest.fixture(scope="session")
+def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    samples.write_samples(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """The app of deploy/serve.local.yaml on a Ray of this session."""
+    from cluster import session
+
+    folder = tmp_path_factory.mktemp("app")
+    with server(folder) as endpoint:
+        dataset = str(folder / "dataset")
+        settings = {
+            "storage": {"endpoint_url": endpoint, "attempts": 2},
+            "datasets": [dataset],
+            "limits": {"image_bytes": 8 << 20},
+        }
+        config = folder / "cellray.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        serve_config = yaml.safe_load((DEPLOY / "serve.local.yaml").read_text())
+        serve_config["applications"][0]["args"]["config"] = str(config)
+        with session.local(serve_config, print) as started:
+            yield App(started.http, started.dashboard, str(config), endpoint, dataset)

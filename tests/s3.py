@@ -1,0 +1,120 @@
+"""A real S3 server (moto) in a process of its own, on loopback, and fixtures to import where a test needs it.
+
+    from tests.s3 import s3  # noqa: F401
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from cluster.settings import StorageSettings
+
+START_TIMEOUT_S = 60.0
+ALL = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+
+
+class S3(NamedTuple):
+    """How to reach the server, and `make_bucket(name)` → "s3://name"."""
+
+    settings: StorageSettings
+    make_bucket: Callable[[str], str]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """One server for all the tests of a run; each makes buckets of its own."""
+    with pytest.MonkeyPatch.context() as patch, server(tmp_path_factory.mktemp("s3")) as url:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+
+        def make_bucket(name: str) -> str:
+            client(url, "s3").create_bucket(Bucket=name)
+            return f"s3://{name}"
+
+        yield S3(StorageSettings(endpoint_url=url), make_bucket)
+
+
+@contextmanager
+def server(tmp_path: Path, check_keys: bool = False) -> Iterator[str]:
+    """The endpoint's URL; with `check_keys` the server refuses keys that `make_user` did not make."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, **({"INITIAL_NO_AUTH_ACTION_COUNT": "0"} if check_keys else {})}
+    with (tmp_path / "moto.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.s3", str(port)], env=environment, stdout=log, stderr=log
+        )
+        try:
+            _wait(port, process)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+def client(url: str, service: str, **keys: str) -> Any:
+    import boto3
+
+    return boto3.client(service, endpoint_url=url, region_name="us-east-1", **keys)
+
+
+def make_user(url: str, name: str, statement: dict[str, str] = ALL) -> dict[str, str]:
+    """Keys of a new user with this one permission, on a server that checks keys."""
+    _check_after(url, "inf")
+    try:
+        iam = client(url, "iam", aws_access_key_id="setup", aws_secret_access_key="setup")
+        iam.create_user(UserName=name)
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        iam.put_user_policy(UserName=name, PolicyName="only", PolicyDocument=policy)
+        key = iam.create_access_key(UserName=name)["AccessKey"]
+    finally:
+        _check_after(url, "0")
+    return {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+
+
+def _check_after(url: str, calls: str) -> None:
+    urllib.request.urlopen(f"{url}/moto-api/reset-auth", data=calls.encode(), timeout=10).close()
+
+
+def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"moto_server did not start (exit code {process.poll()})")
+
+
+def main(port: int) -> None:
+    """moto_server, one request at a time: its create-only PUT looks first and writes later, S3's does both at once."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import run_simple
+
+    moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_at_a_time(environ: Any, start_response: Any) -> Any:
+        with lock:
+            return moto(environ, start_response)
+
+    os.environ.setdefault("MOTO_PORT", str(port))
+    run_simple("127.0.0.1", port, one_at_a_time, threaded=True, request_handler=MotoRequestHandler)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

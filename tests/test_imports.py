@@ -1,0 +1,42 @@
+"""Imports run jobs → serve_app → cluster; the model runs without Ray, HTTP or S3; importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = {"cluster": 0, "serve_app": 1, "jobs": 2}
+FILES = sorted(path for top in ORDER for path in (ROOT / top).rglob("*.py"))
+NOT_IN_MODEL = {"ray", "fastapi", "starlette", "s3fs", "fsspec", "boto3", "botocore", "pydantic", "yaml", "pyarrow"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    here = ORDER[path.relative_to(ROOT).parts[0]]
+    for name in imported(path):
+        assert ORDER.get(name.split(".")[0], here) <= here, f"imports {name}"
+        if (ROOT / "serve_app/model") in path.parents:
+            assert name.split(".")[0] not in NOT_IN_MODEL, f"imports {name}"
+
+
+def test_the_model_imports_where_ray_is_not_installed() -> None:
+    """In a fresh process in which none of them can be imported."""
+    blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in NOT_IN_MODEL | {"tifffile", "torchvision"})
+    modules = ", ".join(path.stem for path in (ROOT / "serve_app/model").glob("[!_]*.py"))
+    code = f"import sys\n{blocked}\nfrom serve_app.model import {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -1,0 +1,320 @@
+"""The jobs, end to end: real images, a real Ray with the app, local folders and a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import httpx
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import s3fs
+
+from cluster import settings
+from jobs import embed, segment
+from serve_app import contract, dataset, models
+from serve_app.model import decoder, encoder, masks, preprocess
+from serve_app.model.decoder import DecodeRequest, Prompts
+from tests.conftest import App
+
+BROKEN = 5
+GRID = ["--grid", "2", "--pred-iou-thresh=-inf", "--stability-score-thresh", "0"]
+
+
+def run(job: object, app: App, *arguments: object) -> int:
+    return job.main([*map(str, arguments), "--model", "nano", "--config", app.config])  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def embedded(app: App, sample_images: Path) -> str:
+    """The sample images embedded into the data set that the app's settings name."""
+    code = run(embed, app, sample_images, app.dataset, "--max-error-rate", 0.5, "--shard-images", 12)
+    assert code == 0
+    return app.dataset
+
+
+def report(out: str | Path, job: str) -> dict:
+    return json.loads((Path(out) / f"_report-{job}.json").read_text())
+
+
+def test_every_image_is_a_row_and_every_bad_one_an_error(embedded: str, sample_images: Path) -> None:
+    files = [path for path in sample_images.rglob("*") if path.is_file()]
+    found = dataset.open(embedded)
+    good = found.table(dataset.EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()
+    bad = found.table(dataset.ERRORS).to_pylist()
+    assert sorted(good + [row["image_uri"] for row in bad]) == sorted(map(str, files))
+    assert {Path(row["image_uri"]).name: row["error_type"] for row in bad} == {
+        "bomb.png": "TooLarge",
+        "empty.png": "InvalidImage",
+        "nan.tif": "InvalidImage",
+        "not_an_image.png": "UnsupportedImage",
+        "truncated.jpg": "InvalidImage",
+    }
+    assert len(found.records) == -(-len(files) // 12)
+
+
+def test_three_readers_see_what_the_model_computed(app: App, embedded: str, sample_images: Path) -> None:
+    folder = models.prepare(settings.load(app.config), "nano")
+    path = sample_images / "ihc_rgb.png"
+    pixels = preprocess.resize(preprocess.decode(path.read_bytes(), 10**8), 256).pixels
+    (expected,) = encoder.embed(encoder.load(folder), [pixels])
+    pattern = f"{embedded}/embeddings/*.parquet"
+    rows = [
+        duckdb.sql(f"SELECT * FROM '{pattern}' WHERE image_uri = '{path}'").fetchdf().to_dict("records"),
+        pl.scan_parquet(pattern).filter(pl.col("image_uri") == str(path)).collect().to_dicts(),
+        pd.read_parquet(f"{embedded}/embeddings")
+        .query("image_uri == @path", local_dict={"path": str(path)})
+        .to_dict("records"),
+    ]
+    for (row,) in rows:
+        assert row["embedding_id"] == contract.embedding_id(contract.image_id(path.read_bytes()), row["encoder_sha256"])
+        array = np.frombuffer(bytes(row["embedding"]), "<f2").reshape(list(row["shape"]))
+        assert array.shape == (256, 32, 32)
+        np.testing.assert_allclose(array.astype(np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=2e-3)
+        np.testing.assert_allclose(list(row["pooled"]), array.astype(np.float32).mean((1, 2)), atol=1e-3)
+
+
+def test_the_service_answers_from_what_the_job_embedded(app: App, embedded: str) -> None:
+    record = next(record for record in dataset.open(embedded).records if record.embedding_ids)
+    body = {"embedding_id": record.embedding_ids[0], "boxes": [[0, 0, 8, 8]]}
+    with httpx.Client(base_url=app.http, timeout=60) as http:
+        for _ in range(15):  # an id that was not found just before is looked up again after ten seconds
+            answer = http.post("/v1/segment", json=body)
+            if answer.status_code == 200:
+                break
+            time.sleep(1)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["embedding_id"] == record.embedding_ids[0]
+
+
+def test_the_same_command_does_nothing_twice(
+    app: App, embedded: str, sample_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(embedded).rglob("*.parquet")}
+    code = run(embed, app, sample_images, embedded, "--max-error-rate", 0.5, "--shard-images", 12)
+    assert code == 0
+    assert "40 of 40 images are committed" in capsys.readouterr().out
+    assert report(embedded, "embed")["encoder_calls"] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path(embedded).rglob("*.parquet")}
+
+
+def test_another_plan_is_refused_with_the_difference(
+    app: App, embedded: str, sample_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(embed, app, sample_images, embedded, "--limit", 3) == 1
+    error = capsys.readouterr().err
+    assert "images: 40 there, 3 here" in error
+    assert "shard_images: 12 there, 256 here" in error
+
+
+def test_segments_stored_embeddings_without_images_or_encoder(
+    app: App, embedded: str, sample_images: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(sample_images, copy)
+    assert run(embed, app, copy, tmp_path / "out", "--max-error-rate", 0.5) == 0
+    for path in copy.rglob("*.*"):
+        path.write_bytes(b"no image any more")  # whoever read the images now would fail
+    code = run(segment, app, copy, tmp_path / "out", "--embeddings", tmp_path / "out", "--max-error-rate", 0.5, *GRID)
+    assert code == 0
+    assert report(tmp_path / "out", "segment")["encoder_calls"] == 0
+    found = dataset.open(str(tmp_path / "out"))
+    rows = found.table(dataset.MASKS).to_pylist()
+    assert len({row["image_uri"] for row in rows}) == found.rows(dataset.EMBEDDINGS)
+    for row in rows[:20]:
+        mask = masks.decode([row["segmentation"]["counts"]], tuple(row["segmentation"]["size"]))[0]
+        assert mask.sum() == row["area"] > 0
+        assert len(row["object_embedding"]) == 256
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory, sample_images: Path) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "boxes.jsonl"
+    rows = [
+        {"image_uri": "ihc_rgb.png", "box": [10, 20, 200, 220]},
+        {"image_uri": "ihc_rgb.png", "box": [200, 200, 500, 512]},
+        {"image_uri": str(sample_images / "coins_grey8.png"), "points": [[50, 60], [5, 5]], "labels": [1, 0]},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("from_embeddings", [True, False])
+def test_segments_prompts_as_the_model_does(
+    app: App, embedded: str, sample_images: Path, prompts: Path, tmp_path: Path, from_embeddings: bool
+) -> None:
+    extra = ["--embeddings", embedded] if from_embeddings else []
+    assert run(segment, app, sample_images, tmp_path / "out", "--prompts", prompts, *extra) == 0
+    rows = dataset.open(str(tmp_path / "out")).table(dataset.MASKS).to_pylist()
+    assert [row["prompt_type"] for row in rows] == ["points", "box", "box"]
+    assert json.loads(rows[1]["prompt"]) == {"box": [10, 20, 200, 220]}
+    assert report(tmp_path / "out", "segment")["encoder_calls"] == (0 if from_embeddings else 2)
+
+    folder = models.prepare(settings.load(app.config), "nano")
+    image = preprocess.resize(preprocess.decode((sample_images / "ihc_rgb.png").read_bytes(), 10**8), 256)
+    (array,) = encoder.embed(encoder.load(folder), [image.pixels])
+    assert isinstance(array, np.ndarray)
+    boxes = Prompts(boxes=np.array([[10, 20, 200, 220], [200, 200, 500, 512]], np.float32))
+    (expected,) = decoder.segment(decoder.load(folder), [DecodeRequest(array, image.original, boxes)])
+    assert isinstance(expected, masks.MaskSet)
+    got = masks.decode([row["segmentation"]["counts"] for row in rows[1:]], image.original)
+    assert min(map(masks.iou, got, expected.decode())) > 0.98  # float16 embeddings from batches of other sizes
+
+
+def test_a_job_on_s3_through_ray_job_submit(app: App, sample_images: Path) -> None:
+    """Reads from and writes to S3 as a user would run it; then the readers read from there."""
+    s3 = s3fs.S3FileSystem(endpoint_url=app.endpoint)
+    s3.mkdir("plates")
+    names = ["cell_grey16.png", "ihc_rgb16.tif", "coins_grey8.png", "retina_rgb.jpg", "broken/truncated.jpg"]
+    for name in names:
+        s3.put_file(sample_images / name, f"plates/in/{name}")
+    ray = Path(sys.executable).with_name("ray")
+    for job, extra in (("embed", []), ("segment", ["--embeddings", "s3://plates/out", *GRID])):
+        words = [sys.executable, "-m", f"jobs.{job}", "s3://plates/in", "s3://plates/out", "--model", "nano"]
+        words += ["--config", app.config, "--max-error-rate", "0.5", *extra]
+        done = subprocess.run(
+            [ray, "job", "submit", "--address", app.dashboard, "--", *words],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{job}: 5 images, 1 errors" in done.stdout
+    keys = sorted(key.split("/")[2] for key in s3.find("plates/out"))
+    assert set(keys) >= {"embeddings", "masks", "errors", "_records", "_plan-embed-000.json", "_plan-segment-000.json"}
+    options = {"endpoint_url": app.endpoint}
+    with s3.open(next(iter(s3.glob("plates/out/masks/*.parquet")))) as file:
+        assert len(pd.read_parquet(file)) >= 4
+    storage = {"aws_endpoint_url": options["endpoint_url"], "aws_allow_http": "true", "aws_region": "us-east-1"}
+    frame = pl.read_parquet("s3://plates/out/embeddings/*.parquet", storage_options=storage)
+    assert frame.height == 4
+    assert np.frombuffer(frame["embedding"][0], "<f2").reshape(256, 32, 32).any()
+
+
+def test_ctrl_c_keeps_what_is_committed_and_the_same_command_ends_it(
+    app: App, sample_images: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    words = [sys.executable, "-m", "jobs.segment", sample_images, tmp_path / "out", "--model", "nano"]
+    words += ["--config", app.config, "--shard-images", 4, "--parallel", 1, "--max-error-rate", 0.5, *GRID]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen([*map(str, words)], env=environment, stderr=subprocess.PIPE, text=True)
+    records = tmp_path / "out" / "_records"
+    deadline = time.monotonic() + 90
+    while not (records.exists() and len(list(records.iterdir())) >= 2) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "the same command goes on" in error
+    committed = {path.name for path in records.iterdir()}
+    assert 2 <= len(committed) < 10
+
+    assert subprocess.run([*map(str, words)], env=environment, timeout=200, check=False).returncode == 0
+    found = dataset.open(str(tmp_path / "out"))
+    assert len(found.records) == 10
+    images = found.table(dataset.MASKS, ["image_uri"])["image_uri"].to_pylist()
+    errors = found.table(dataset.ERRORS, ["image_uri"])["image_uri"].to_pylist()
+    assert len(set(images)) + len(errors) == 40
+    assert report(tmp_path / "out", "segment")["already_committed"] >= 8
+
+
+def test_too_many_errors_is_exit_code_one(
+    app: App, sample_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(embed, app, sample_images / "broken", tmp_path / "out") == 1
+    assert "5 images, 5 errors" in capsys.readouterr().out
+    assert dataset.open(str(tmp_path / "out")).rows(dataset.ERRORS) == 5
+
+
+def _table(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_what_bad_input_gets(
+    app: App,
+    embedded: str,
+    sample_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line that says what was wrong, an exit code that is not 0, and nothing that a reader would take for whole."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no image")
+    no_columns = _table(tmp_path / "a.csv", "name,box\nx.png,1\n")
+    inverted = _table(tmp_path / "b.jsonl", '{"image_uri": "ihc_rgb.png", "box": ["x", 2, 3, 4]}')
+    stranger = _table(tmp_path / "c.jsonl", '{"image_uri": "nowhere.png", "box": [1, 2, 3, 4]}')
+    typo = _table(tmp_path / "d.yaml", "storrage: {}\n")
+    s3fs.S3FileSystem(endpoint_url=app.endpoint).mkdir("bucket-of-nothing")
+    out = tmp_path / "out"
+    nano = ["--model", "nano", "--config", app.config]
+    cases: list[tuple[object, list[object], str]] = [
+        (embed, [tmp_path / "missing", out, *nano], "does not exist"),
+        (embed, [tmp_path / "empty", out, *nano], "no images under"),
+        (embed, [tmp_path / "text", out, *nano], "1 files with other names"),
+        (embed, ["s3://bucket-of-nothing", out, *nano], "holds no objects"),
+        (embed, ["s3://no-such-bucket/x", out, *nano], "not found"),
+        (embed, ["http://example.com/x", out, *nano], "neither a local path nor s3"),
+        (embed, [sample_images, out, "--model", "nope", "--config", app.config], "'nope' is not served"),
+        (embed, [sample_images, out, "--model", "nano", "--config", typo], "storrage"),
+        (embed, [sample_images, out, "--model", "nano", "--config", tmp_path / "no.yaml"], "not found"),
+        (embed, [sample_images, typo / "under-a-file", *nano], "cannot be used"),
+        (segment, [sample_images, out, *nano, "--prompts", no_columns], "expected image_uri and box"),
+        (segment, [sample_images, out, *nano, "--prompts", inverted], "row 0"),
+        (segment, [sample_images, out, *nano, "--prompts", stranger], "not under"),
+        (segment, [sample_images, out, *nano, "--prompts", sample_images / "ihc_rgb.png"], "no prompt table"),
+        (segment, [sample_images, out, *nano, "--embeddings", tmp_path / "empty", *GRID], "no data set"),
+        (segment, [tmp_path / "text" / "notes.txt", out, *nano, *GRID], "no images under"),
+        (segment, [sample_images, out, *nano, "--grid", "0"], "expected 1 to"),
+    ]
+    for job, arguments, says in cases:
+        code = job.main([*map(str, arguments)])  # type: ignore[attr-defined]
+        error = capsys.readouterr().err
+        assert code in (1, 2), (arguments, error)
+        assert says in error, (arguments, error)
+        assert error.count("\n") == 1, error
+        assert not list(tmp_path.rglob("*.parquet")), arguments
+
+
+def test_boxes_that_do_not_fit_the_image_are_error_rows(
+    app: App, embedded: str, sample_images: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"image_uri": "ihc_rgb.png", "box": [10, 20, 200, 220]},
+        {"image_uri": "coins_grey8.png", "box": [10, 20, 5, 220]},
+        {"image_uri": "cell_grey8.png", "box": [10, 20, 9999, 220]},
+        {"image_uri": "moon_grey8.png", "box": [10, 20, float("nan"), 220]},
+    ]
+    table = _table(tmp_path / "boxes.jsonl", "\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    code = run(segment, app, sample_images, out, "--prompts", table, "--embeddings", embedded, "--max-error-rate", 0.8)
+    assert code == 0
+    found = dataset.open(str(out))
+    assert found.rows(dataset.MASKS) == 1
+    messages = {Path(row["image_uri"]).name: row["message"] for row in found.table(dataset.ERRORS).to_pylist()}
+    assert "inverted" in messages["coins_grey8.png"]
+    assert "leaves the image" in messages["cell_grey8.png"]
+    assert "not finite" in messages["moon_grey8.png"]
+
+
+def test_help_teaches() -> None:
+    for words in ("jobs.embed --help", "jobs.segment --help", "jobs.cli --help", "jobs.cli extract --help"):
+        done = subprocess.run([sys.executable, "-m", *shlex.split(words)], capture_output=True, text=True, check=True)
+        assert "usage:" in done.stdout
