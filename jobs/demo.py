@@ -93,7 +93,7 @@ def _update(bar: Any, text: str) -> None:
     if found:
         done, total, errors = map(int, found[-1])
         bar.total = total
-        bar.set_postfix_str(f", {errors} errors", refresh=False)
+        bar.set_postfix_str(f"{errors} errors", refresh=False)
         bar.update(done - bar.n)
 
 

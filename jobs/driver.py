@@ -18,7 +18,7 @@ from cluster import settings as settings_module
 from cluster.errors import CellrayError, InvalidInput
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
-from cluster.telemetry import configure_logging, peak_rss_mb
+from cluster.telemetry import configure_logging, private_mb
 from jobs.plan import DEFAULT_SHARD_IMAGES, Plan
 from jobs.shards import Progress, run
 from serve_app import dataset
@@ -168,7 +168,7 @@ def execute(
         reporter.close()
     seconds = time.perf_counter() - started
     errors = sum(record.rows(dataset.ERRORS) for record in committed.values()) + sum(p.errors for p in latest)
-    report = _report(job, images, before, errors, seconds, latest, replicas, model)
+    report = _report(job, images, before, errors, seconds, latest, reporter.memory_mb, replicas, model)
     job.storage.overwrite(join(job.output, f"_report-{job.name}.json"), json.dumps(report, indent=2).encode())
     allowed = job.arguments.max_error_rate
     failed = errors > allowed * images
@@ -186,6 +186,7 @@ def _report(
     errors: int,
     seconds: float,
     latest: list[Progress],
+    memory_mb: float,
     replicas: dict[str, int],
     model: ModelInfo,
 ) -> dict[str, Any]:
@@ -210,8 +211,8 @@ def _report(
         "retries": total("retries"),
         "replicas": replicas,
         "stage_seconds": stages,
-        "driver_peak_rss_mb": round(peak_rss_mb()),
-        "task_peak_rss_mb": round(max((progress.peak_rss_mb for progress in latest), default=0)),
+        "driver_memory_mb": round(memory_mb),
+        "task_memory_mb": round(max((progress.memory_mb for progress in latest), default=0)),
         "model": asdict(model),
     }
 
@@ -223,11 +224,13 @@ class _Reporter:
         self.name, self.images, self.before = job.name, images, before
         self.every = job.arguments.progress_every
         self.started = self.printed = time.monotonic()
+        self.memory_mb = private_mb()
         self.bar = tqdm(total=images, initial=before, unit="img", desc=job.name) if sys.stderr.isatty() else None
 
     def __call__(self, latest: list[Progress]) -> None:
         done = self.before + sum(progress.images for progress in latest)
         errors = sum(progress.errors for progress in latest)
+        self.memory_mb = max(self.memory_mb, private_mb())
         now = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix(errors=errors, refresh=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import ray
@@ -12,6 +11,7 @@ import ray
 from cluster.errors import CellrayError
 from cluster.settings import Settings
 from cluster.storage import File, Storage
+from cluster.telemetry import steady_memory
 from jobs import driver, images, replicas
 from jobs.driver import Job
 from jobs.images import ReadImage
@@ -20,7 +20,6 @@ from jobs.shards import Pipeline, Progress, measured
 from serve_app import contract, dataset
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.dataset import ShardWriter
-from serve_app.model import encoder
 
 NAME = "embed"
 DESCRIPTION = """Run a model's image encoder over every image of INPUT and write the embeddings to OUTPUT.
@@ -78,6 +77,7 @@ def _shard(
     index: int,
     files: Sequence[File],
 ) -> Iterator[Progress]:
+    steady_memory()
     storage, progress = Storage(settings.storage), Progress(index)
     encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
 
@@ -100,14 +100,14 @@ def _shard(
                 writer.add(dataset.ERRORS, dataset.error_row(done.source.uri, "read", done.item))
             elif isinstance(done.result, np.ndarray):
                 made = embedding(done.item, done.result, info)
-                pooled = encoder.pool(made.array, made.input, info.patch)
+                pooled = made.pooled(info.patch)
                 writer.add(dataset.EMBEDDINGS, dataset.embedding_row(made, done.source.uri, pooled))
                 progress.encoder_calls += 1
             elif done.result is not None:
                 progress.errors += 1
                 writer.add(dataset.ERRORS, dataset.error_row(done.source.uri, "encode", done.result))
             if progress.images % batch == 0:
-                yield replace(measured(progress))
+                yield measured(progress)
         record = writer.commit()
     progress.bytes_written = sum(file.bytes for file in record.files)
     yield measured(progress)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from cluster.errors import InvalidPrompt
 from cluster.settings import MIB
 from cluster.storage import Storage, join
-from serve_app.model.decoder import Prompts
+from serve_app.model.prompts import Prompts
 
 MAX_TABLE_BYTES = 1024 * MIB
 COLUMNS = "image_uri and box [x0, y0, x1, y1], or points [[x, y], …] with labels [1, 0, …], or both"

@@ -12,10 +12,9 @@ from cluster import session
 from cluster.errors import CellrayError, NotFound
 from serve_app import contract
 from serve_app.contract import ModelInfo
-from serve_app.model.automask import GridOptions
-from serve_app.model.decoder import DecodeRequest
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
+from serve_app.model.prompts import DecodeRequest, GridOptions
 
 INFO_TIMEOUT_S = 120.0  # a model that was scaled to zero starts first
 

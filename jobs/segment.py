@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import numpy as np
@@ -16,6 +16,7 @@ import ray
 from cluster.errors import CellrayError, InvalidInput, NotFound
 from cluster.settings import Settings
 from cluster.storage import File, Storage, absolute
+from cluster.telemetry import steady_memory
 from jobs import driver, images, prompts, replicas
 from jobs.driver import Job
 from jobs.embed import embedding
@@ -26,9 +27,8 @@ from jobs.shards import Pipeline, Progress, measured
 from serve_app import dataset
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.dataset import ShardWriter
-from serve_app.model.automask import GridOptions
-from serve_app.model.decoder import DecodeRequest
 from serve_app.model.masks import MaskSet
+from serve_app.model.prompts import DecodeRequest, GridOptions, point_grid
 
 NAME = "segment"
 DESCRIPTION = """Write instance masks for the images of INPUT to OUTPUT, from prompts or from a grid of points.
@@ -232,6 +232,7 @@ def _shard(
     index: int,
     sources: Sequence[Source],
 ) -> Iterator[Progress]:
+    steady_memory()
     progress = Progress(index)
     segmenter = _Segmenter(settings, info, options)
     held = 3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape))
@@ -256,7 +257,7 @@ def _shard(
                 writer.add(dataset.MASKS, dataset.mask_rows(found, made, uri, info.decoder_sha256, kind, texts))
                 progress.masks += len(found)
             if progress.images % batch == 0:
-                yield replace(measured(progress))
+                yield measured(progress)
         record = writer.commit()
     progress.bytes_written = sum(file.bytes for file in record.files)
     yield measured(progress)
@@ -267,8 +268,6 @@ def _prompt_texts(source: Source, found: MaskSet, options: Options) -> tuple[dic
     if source.prompts is not None:
         return dict(enumerate(source.prompts.texts)), source.prompts.type
     assert options.grid is not None
-    from serve_app.model.automask import point_grid
-
     points = point_grid(options.grid.points_per_side, found.size)
     return {int(i): json.dumps({"points": points[i].tolist(), "labels": [1]}) for i in found.prompt_index}, "grid"
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
 
 import ray
@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.errors import CellrayError, Internal, Unavailable
 from cluster.settings import MIB
-from cluster.telemetry import peak_rss_mb
+from cluster.telemetry import private_mb
 from serve_app.service import foreign
 
 Source = TypeVar("Source")
@@ -47,7 +47,7 @@ class Progress:
     bytes_written: int = 0
     encoder_calls: int = 0
     retries: int = 0
-    peak_rss_mb: float = 0.0
+    memory_mb: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -192,6 +192,6 @@ def run(
 
 
 def measured(progress: Progress) -> Progress:
-    """The same, with this process's peak memory."""
-    progress.peak_rss_mb = peak_rss_mb()
-    return progress
+    """A copy to send, with this process's memory: the most it held whenever this was called."""
+    progress.memory_mb = max(progress.memory_mb, private_mb())
+    return replace(progress)

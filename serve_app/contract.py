@@ -67,3 +67,8 @@ class Embedding:
     original: Size
     input: Size
     array: np.ndarray
+
+    def pooled(self, patch: int) -> np.ndarray:
+        """[channels] float32: the mean over the tokens that hold image, not padding."""
+        rows, columns = (-(-side // patch) for side in self.input)
+        return self.array[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)

@@ -25,10 +25,9 @@ from cluster.settings import Settings
 from serve_app import ingress, models
 from serve_app.contract import ModelInfo
 from serve_app.model import automask, decoder, encoder
-from serve_app.model.automask import GridOptions
-from serve_app.model.decoder import DecodeRequest, Prompts
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
+from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts
 from serve_app.service import Service
 
 log = logging.getLogger("ray.serve")

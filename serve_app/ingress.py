@@ -20,9 +20,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cluster.errors import CellrayError, Internal, InvalidInput, InvalidPrompt, TooLarge, UnsupportedImage
 from serve_app.contract import DTYPE, Embedding, ModelInfo
-from serve_app.model.automask import GridOptions
-from serve_app.model.decoder import Prompts
 from serve_app.model.masks import MaskSet
+from serve_app.model.prompts import GridOptions, Prompts
 from serve_app.service import Service
 
 log = logging.getLogger("ray.serve")

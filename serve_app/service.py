@@ -16,10 +16,9 @@ from cluster.settings import Settings
 from serve_app import contract
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.model import preprocess
-from serve_app.model.automask import GridOptions
-from serve_app.model.decoder import DecodeRequest, Prompts
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
+from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts
 from serve_app.store import EmbeddingStore
 
 

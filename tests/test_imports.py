@@ -40,3 +40,8 @@ def test_the_model_imports_where_ray_is_not_installed() -> None:
     modules = ", ".join(path.stem for path in (ROOT / "serve_app/model").glob("[!_]*.py"))
     code = f"import sys\n{blocked}\nfrom serve_app.model import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_jobs_and_their_tasks_do_not_load_torch() -> None:
+    code = "import sys, jobs.embed, jobs.segment, jobs.show; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

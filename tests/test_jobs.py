@@ -24,7 +24,7 @@ from cluster import settings
 from jobs import embed, segment
 from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
-from serve_app.model.decoder import DecodeRequest, Prompts
+from serve_app.model.prompts import DecodeRequest, Prompts
 from tests.conftest import App
 
 BROKEN = 5

@@ -16,7 +16,7 @@ import yaml
 from cluster import settings
 from serve_app import models
 from serve_app.model import decoder, encoder, masks, preprocess
-from serve_app.model.decoder import DecodeRequest, Prompts
+from serve_app.model.prompts import DecodeRequest, Prompts
 from tests.conftest import App
 
 BOXES = [[20, 30, 300, 200], [0, 0, 600, 400]]

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from cluster.errors import InvalidInput
 from serve_app.model import decoder as decoders
-from serve_app.model.decoder import Decoder, DecodeRequest, Prompts
+from serve_app.model.decoder import Decoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
-
-MAX_GRID = 128
-
-
-@dataclass(frozen=True, slots=True)
-class GridOptions:
-    """Thresholds with the names and defaults of segment_anything's SamAutomaticMaskGenerator.
-
-    points_per_side: the grid is its square.
-    pred_iou_thresh, stability_score_thresh: masks below either are dropped.
-    box_nms_thresh: of two masks whose boxes overlap by a greater IoU, the one with the lower predicted IoU is dropped.
-    """
-
-    points_per_side: int = 32
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    box_nms_thresh: float = 0.7
-
-    def check(self) -> None:
-        if not 1 <= self.points_per_side <= MAX_GRID:
-            raise InvalidInput(f"a grid of {self.points_per_side} points a side; expected 1 to {MAX_GRID}")
-
-
-def point_grid(points_per_side: int, size: Size) -> np.ndarray:
-    """[N², 1, 2] float32 (x, y): the centres of N × N equal cells of an image of (height, width)."""
-    steps = (np.arange(points_per_side) + 0.5) / points_per_side
-    x, y = np.meshgrid(steps * size[1], steps * size[0])
-    return np.stack([x, y], axis=-1).reshape(-1, 1, 2).astype(np.float32)
+from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, point_grid
 
 
 def generate(decoder: Decoder, embedding: np.ndarray, original: Size, options: GridOptions) -> MaskSet:

@@ -23,13 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cluster.errors import InvalidCheckpoint
+from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
 
 State = dict[str, torch.Tensor]
 
 ENCODER, DECODER = "encoder", "decoder"
 PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder.": DECODER}
-PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB in 0–255, as SAM was trained
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)

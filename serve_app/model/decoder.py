@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,86 +10,18 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidPrompt, InvalidSettings
+from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidSettings
 from serve_app.model import checkpoint, masks, preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
+from serve_app.model.prompts import DecodeRequest
 
 log = logging.getLogger(__name__)
 
 PROMPTS_A_CHUNK = 64  # bounds memory: each prompt costs about 20 MB inside segment_anything's decoder
 PIXELS_A_CHUNK = 64 << 20  # float32 logits held at original resolution: 256 MB
 MASK_THRESHOLD = 0.0  # logits
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """N objects asked for in one image, in its original pixels. At least one of `boxes` and `points` is given.
-
-    boxes: [N, 4] float32 (x0, y0, x1, y1).
-    points: [N, K, 2] float32 (x, y), with labels [N, K] int32: 1 foreground, 0 background, −1 padding.
-    """
-
-    boxes: np.ndarray | None = None
-    points: np.ndarray | None = None
-    labels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        given = self.boxes if self.boxes is not None else self.points
-        return 0 if given is None else len(given)
-
-    def take(self, rows: slice) -> Prompts:
-        return Prompts(*(None if x is None else x[rows] for x in (self.boxes, self.points, self.labels)))
-
-    def check(self, size: Size) -> None:
-        """Shapes agree, numbers are finite, every box has an area and lies in the image, every point too.
-
-        Raises:
-            InvalidPrompt: names the first prompt that does not fit, and the image's size.
-        """
-        height, width = size
-        if self.boxes is None and self.points is None:
-            raise InvalidPrompt("no prompt: give boxes, or points with labels")
-        if (self.points is None) != (self.labels is None):
-            raise InvalidPrompt("points and labels go together: give both or neither")
-        if self.boxes is not None:
-            if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
-                raise InvalidPrompt(f"boxes must be [N, 4] (x0, y0, x1, y1), found {list(self.boxes.shape)}")
-            for index, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
-                if not np.isfinite([x0, y0, x1, y1]).all():
-                    raise InvalidPrompt(f"box {index} is not finite: {[x0, y0, x1, y1]}")
-                if not (x0 < x1 and y0 < y1):
-                    raise InvalidPrompt(f"box {index} is inverted or empty: {[x0, y0, x1, y1]}; x0 < x1 and y0 < y1")
-                if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-                    raise InvalidPrompt(f"box {index} {[x0, y0, x1, y1]} leaves the image of {width} × {height} pixels")
-        if self.points is not None and self.labels is not None:
-            if self.points.ndim != 3 or self.points.shape[2] != 2 or self.labels.shape != self.points.shape[:2]:
-                found = f"{list(self.points.shape)} and {list(self.labels.shape)}"
-                raise InvalidPrompt(f"points must be [N, K, 2] and labels [N, K], found {found}")
-            if self.boxes is not None and len(self.boxes) != len(self.points):
-                raise InvalidPrompt(f"{len(self.boxes)} boxes but {len(self.points)} sets of points")
-            if not np.isin(self.labels, (-1, 0, 1)).all():
-                raise InvalidPrompt("labels must be 1 (foreground), 0 (background) or -1 (padding)")
-            if len(self.points) and not (self.labels >= 0).any(axis=1).all() and self.boxes is None:
-                raise InvalidPrompt("a set of points is all padding (labels -1)")
-            real = self.points[self.labels >= 0]
-            if not np.isfinite(self.points).all():
-                raise InvalidPrompt("a point is not finite")
-            outside = (real < 0).any(axis=1) | (real[:, 0] > width) | (real[:, 1] > height)
-            if outside.any():
-                point = real[outside][0].tolist()
-                raise InvalidPrompt(f"point {point} lies outside the image of {width} × {height} pixels")
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRequest:
-    """One image's prompts. `embedding` [256, g, g] float16 or float32; `original` (height, width) in pixels.
-    `multimask` asks for three masks a prompt (whole, part, subpart) rather than one."""
-
-    embedding: np.ndarray
-    original: Size
-    prompts: Prompts
-    multimask: bool = False
+STABILITY_OFFSET = 1.0  # logits; as SamAutomaticMaskGenerator
 
 
 class Decoder(Protocol):
@@ -221,10 +152,18 @@ def to_masks(
         boxes=boxes,
         areas=areas,
         predicted_iou=scores.float().cpu().numpy(),
-        stability=masks.stability(full).cpu().numpy(),
+        stability=stability(full).cpu().numpy(),
         prompt_index=prompt_index,
         object_embeddings=_object_embeddings(request, logits, sizes),
     )
+
+
+def stability(logits: torch.Tensor, offset: float = STABILITY_OFFSET) -> torch.Tensor:
+    """[N, h, w] logits → [N]: the IoU of the masks cut at +offset and −offset (as segment_anything's
+    `calculate_stability_score`); 0 where both are empty."""
+    inside = (logits > offset).flatten(1).sum(1)
+    around = (logits > -offset).flatten(1).sum(1)
+    return inside / around.clamp(min=1)
 
 
 def upscale(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidImage, InvalidSettings
-from serve_app.model import checkpoint, preprocess
+from serve_app.model import checkpoint
+from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class ReferenceEncoder:
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         card = self.card
         size = card.architecture.image_size
-        batch = preprocess.normalise(list(images), size, card.pixel_mean, card.pixel_std, self.device)
+        batch = normalise(list(images), size, card.pixel_mean, card.pixel_std, self.device)
         return self.module(batch)
 
 
@@ -68,6 +69,24 @@ def check_device(device: str) -> str:
     if device.startswith("cuda") and not available:
         raise InvalidSettings(f"device {device!r} was asked for, but this process sees no GPU")
     return device
+
+
+def normalise(
+    images: list[np.ndarray],
+    image_size: int,
+    mean: tuple[float, ...] = PIXEL_MEAN,
+    std: tuple[float, ...] = PIXEL_STD,
+    device: str = "cpu",
+) -> torch.Tensor:
+    """Images [h, w, 3] uint8, long side ≤ `image_size` → [B, 3, S, S] float32, normalised, then padded with zeros
+    on the right and at the bottom."""
+    batch = torch.zeros(len(images), 3, image_size, image_size, device=device)
+    centre = torch.tensor(mean, device=device).view(3, 1, 1)
+    spread = torch.tensor(std, device=device).view(3, 1, 1)
+    for padded, pixels in zip(batch, images, strict=True):
+        image = torch.tensor(pixels, device=device).permute(2, 0, 1)
+        padded[:, : image.shape[1], : image.shape[2]] = (image - centre) / spread
+    return batch
 
 
 def embed(encoder: Encoder, images: Sequence[np.ndarray], max_batch: int = 8) -> list[np.ndarray | CellrayError]:
@@ -109,9 +128,3 @@ def _problem(image: np.ndarray, size: int) -> InvalidImage | None:
     if max(image.shape[:2]) != size or 0 in image.shape:
         return InvalidImage(f"expected a long side of {size} pixels, found {image.shape[0]} × {image.shape[1]}")
     return None
-
-
-def pool(embedding: np.ndarray, input_size: preprocess.Size, patch: int) -> np.ndarray:
-    """[C, g, g] → [C] float32: the mean over the tokens that hold image, not padding."""
-    rows, columns = (-(-side // patch) for side in input_size)
-    return embedding[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)

@@ -6,13 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco
 
 from cluster.errors import InvalidInput
 from serve_app.model.preprocess import Size
-
-STABILITY_OFFSET = 1.0  # logits; as SamAutomaticMaskGenerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +87,6 @@ def areas_and_boxes(counts: list[str], size: Size) -> tuple[np.ndarray, np.ndarr
         return np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
     rles = [{"size": list(size), "counts": text.encode()} for text in counts]
     return coco.area(rles).astype(np.int64), coco.toBbox(rles).astype(np.float32)
-
-
-def stability(logits: torch.Tensor, offset: float = STABILITY_OFFSET) -> torch.Tensor:
-    """[N, h, w] logits → [N]: the IoU of the masks cut at +offset and −offset (as segment_anything's
-    `calculate_stability_score`); 0 where both are empty."""
-    inside = (logits > offset).flatten(1).sum(1)
-    around = (logits > -offset).flatten(1).sum(1)
-    return inside / around.clamp(min=1)
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> float:

@@ -16,17 +16,18 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cluster.errors import CellrayError, InvalidImage, TooLarge, UnsupportedImage
-from serve_app.model.checkpoint import PIXEL_MEAN, PIXEL_STD
 
 PREPROCESS = "rgb8-stretch0.1-99.9-long-side-bilinear-1"
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 STRETCH_PERCENTILES = (0.1, 99.9)
 MAX_ASPECT = 1024  # beyond it the short side would vanish in a 1024 px input
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB in 0–255, as SAM was trained
+PIXEL_STD = (58.395, 57.12, 57.375)
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -160,21 +161,3 @@ def to_input_coordinates(coordinates: np.ndarray, original: Size, image_size: in
     height, width = input_size(original, image_size)
     ratio = np.array([width / original[1], height / original[0]])
     return (np.asarray(coordinates, dtype=np.float64) * ratio).astype(np.float32)
-
-
-def normalise(
-    images: list[np.ndarray],
-    image_size: int,
-    mean: tuple[float, ...] = PIXEL_MEAN,
-    std: tuple[float, ...] = PIXEL_STD,
-    device: str = "cpu",
-) -> torch.Tensor:
-    """Images [h, w, 3] uint8, long side ≤ `image_size` → [B, 3, S, S] float32, normalised, then padded with zeros
-    on the right and at the bottom."""
-    batch = torch.zeros(len(images), 3, image_size, image_size, device=device)
-    centre = torch.tensor(mean, device=device).view(3, 1, 1)
-    spread = torch.tensor(std, device=device).view(3, 1, 1)
-    for padded, pixels in zip(batch, images, strict=True):
-        image = torch.tensor(pixels, device=device).permute(2, 0, 1)
-        padded[:, : image.shape[1], : image.shape[2]] = (image - centre) / spread
-    return batch
