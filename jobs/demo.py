@@ -123,8 +123,8 @@ def serve(config: dict[str, Any], wait: Callable[[], None]) -> int:
             f"\nHTTP        {started.http}\n"
             f"API docs    {started.http}/docs\n"
             f"dashboard   {started.dashboard}\n\n"
-            f"submit      RAY_ADDRESS={started.dashboard} "
-            f"ray job submit -- python -m jobs.embed IMAGES OUT --model {MODEL}\n"
+            f"submit      export RAY_AUTH_MODE=token RAY_ADDRESS={started.dashboard}\n"
+            f"            ray job submit -- python -m jobs.embed IMAGES OUT --model {MODEL}\n"
             f"ask         curl {started.http}/v1/segment -F image=@IMAGE "
             "-F 'request={\"points\": [[[100, 100]]]}'\n\n"
             "Ctrl-C stops it.",

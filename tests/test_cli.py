@@ -1,0 +1,109 @@
+"""The `cellray` command as users type it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from jobs import cli
+from serve_app import dataset
+from serve_app.contract import Embedding
+from serve_app.dataset import ShardWriter
+from serve_app.model import checkpoint, masks
+from serve_app.model.masks import MaskSet
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    torch.save(checkpoint.seeded("nano", 3), path)
+    return path
+
+
+def test_extract_says_where_every_parameter_went(
+    nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["extract", str(nano), str(tmp_path / "out"), "--licence", "CC0"]) == 0
+    printed = capsys.readouterr().out
+    encoder, decoder = (load_file(tmp_path / "out" / f"{half}.safetensors") for half in ("encoder", "decoder"))
+    state = checkpoint.seeded("nano", 3)
+    assert encoder.keys() | decoder.keys() == state.keys()
+    assert not encoder.keys() & decoder.keys()
+    assert all(name.startswith("image_encoder.") for name in encoder)
+    card = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert (card["family"], card["licence"], card["trained"]) == ("nano", "CC0", True)
+    assert card["encoder_sha256"] in printed
+    parameters = sum(
+        int(line.split()[3].replace(",", ""))
+        for line in printed.splitlines()[1:]
+        if line[:3] in ("enc", "dec") and "sha256" not in line
+    )
+    assert parameters == sum(tensor.numel() for tensor in state.values())
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Path.touch, (self.marker,))
+
+
+def test_extract_refuses_what_is_no_checkpoint(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = tmp_path / "code-was-run"
+    files = {
+        "cut.pth": nano.read_bytes()[:100_000],
+        "text.pth": b"hello, this is no checkpoint",
+        "empty.pth": b"",
+        "evil.pth": pickle.dumps({"image_encoder.x": Evil(marker)}),
+        "cut.safetensors": b"\x10\x00\x00\x00\x00\x00\x00\x00{",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"layer1.weight": torch.ones(3, 3)}, tmp_path / "other.pth")
+    for name in [*files, "other.pth", "missing.pth"]:
+        code = cli.main(["extract", str(tmp_path / name), str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert code in (1, 2), name
+        assert error.count("\n") == 1, error
+        assert name in error or "not a Segment Anything model" in error
+        assert not (tmp_path / "out").exists()
+    assert not marker.exists()
+
+
+def test_show_draws_images_masks_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "grey.png"
+    Image.fromarray(np.full((60, 80), 128, np.uint8)).save(image)
+    mask = np.zeros((1, 60, 80), bool)
+    mask[0, 10:30, 20:60] = True
+    counts = masks.encode(mask)
+    areas, boxes = masks.areas_and_boxes(counts, (60, 80))
+    one = np.ones(1, np.float32)
+    found = MaskSet((60, 80), counts, boxes, areas, one, one, np.zeros(1, np.int32), np.zeros((1, 4), np.float32))
+    embedding = Embedding("e", "i", "nano", "h", (60, 80), (192, 256), np.zeros((4, 2, 2), np.float16))
+    metadata = {"fingerprint": "f", "encoder_sha256": "h", "model": "nano", "trained": "false"}
+    out = str(tmp_path / "out")
+    from cluster.storage import Storage
+
+    with ShardWriter(Storage(), out, "segment", 0, metadata) as writer:
+        writer.add(dataset.MASKS, dataset.mask_rows(found, embedding, str(image), "d", "box", {0: "{}"}))
+        writer.add(dataset.ERRORS, dataset.error_row(str(tmp_path / "<b>.png"), "read", ValueError("cut short")))
+        writer.commit()
+    assert cli.main(["show", out, "--to", str(tmp_path / "sheet")]) == 0
+    page = (tmp_path / "sheet" / "index.html").read_text()
+    assert "80 × 60, 1 masks" in page
+    assert "cut short" in page
+    assert "untrained" in page
+    assert "<b>.png" not in page
+    sheet = np.asarray(Image.open(tmp_path / "sheet" / "contact.png").convert("RGB")).astype(int)
+    coloured = (np.ptp(sheet, axis=2) > 60).sum()  # the picture is grey: what is coloured is the mask and red text
+    assert coloured > 0.5 * 20 * 40 * (288 / 80) ** 2
+    assert cli.main(["show", str(tmp_path / "nothing"), "--to", str(tmp_path)]) == 1
+    assert "no data set" in capsys.readouterr().err
