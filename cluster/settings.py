@@ -8,6 +8,7 @@ environment too. Credentials are no settings: the S3 client takes them from the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,11 @@ ENV_PREFIX = "CELLRAY_"
 CONFIG_VARIABLE = "CELLRAY_CONFIG"
 MAX_CONFIG_BYTES = MIB
 PUBLIC_WEIGHTS = "https://dl.fbaipublicfiles.com/segment_anything/"
+
+
+SECRETIVE = ("model_type", "model_attributes_type", "dict_type")
+# Kubernetes sets these in every pod beside a Service named `cellray…`; they are no settings.
+SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP)(_\w+)?)$")
 
 
 class Frozen(BaseModel):
@@ -42,7 +48,9 @@ class ModelSettings(Frozen):
     """One named model: where its checkpoint comes from and how it is run."""
 
     source: str = Field(description="a path, https://…, s3://…, or seeded:ARCHITECTURE:SEED (random weights)")
-    sha256: str | None = Field(None, description="start of the file's sha256, at least 6 hex digits")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-fA-F]{6,64}$", description="start of the file's sha256, at least 6 hex digits"
+    )
     licence: str = "unknown"
     runtime: str = Field("reference", description="how the encoder and decoder are computed")
 
@@ -91,15 +99,18 @@ def load(config: str | None = None, environ: Mapping[str, str] | None = None, **
     """Read the settings; `config` is a path or an `s3://` URI, `arguments` are top-level keys that win over all.
 
     Raises:
-        InvalidSettings: the file is missing or no YAML mapping, or a key or value does not fit.
+        InvalidSettings: the file is no YAML mapping, or a key or value does not fit.
+        NotFound, Forbidden, Unavailable: the file cannot be read.
     """
     environ = os.environ if environ is None else environ
     from_environment = _environment(environ)
     config = config or environ.get(CONFIG_VARIABLE) or None
     values = _merge(_read(config, from_environment) if config else {}, from_environment)
     values = _merge(values, {key: value for key, value in arguments.items() if value is not None})
-    values["models"] = _merge(DEFAULT_MODELS, values.get("models") or {})
-    return _validate(values, config or "the defaults and CELLRAY_* variables")
+    models = values.get("models") or {}
+    if isinstance(models, Mapping):
+        values["models"] = _merge(DEFAULT_MODELS, models)
+    return _validate(values, f"{config}, CELLRAY_* variables" if config else "the defaults and CELLRAY_* variables")
 
 
 def _read(config: str, from_environment: dict[str, Any]) -> dict[str, Any]:
@@ -110,25 +121,34 @@ def _read(config: str, from_environment: dict[str, Any]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidSettings(f"{config} is not valid YAML: {error}") from error
+        raise InvalidSettings(f"{config} is not valid YAML: {_problem(error)}") from None
     if not isinstance(values or {}, dict):
         raise InvalidSettings(f"{config} must be a YAML mapping of settings, found a {type(values).__name__}")
     return values or {}
 
 
+def _problem(error: Exception) -> str:
+    """What and where, without the line itself: it may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
+
+
 def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or SERVICE_LINK.search(variable):
             continue
         *parents, leaf = variable.removeprefix(ENV_PREFIX).lower().split("__")
         node = values
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InvalidSettings(f"{variable} sets a part of what another variable sets whole")
         try:
-            node[leaf] = yaml.safe_load(text)
+            node[leaf] = yaml.safe_load(text) if text.lstrip()[:1] in ("[", "{") else text or None
         except yaml.YAMLError as error:
-            raise InvalidSettings(f"{variable} is not a valid YAML value: {error}") from error
+            raise InvalidSettings(f"{variable} is not a valid YAML value: {_problem(error)}") from None
     return values
 
 
@@ -148,4 +168,7 @@ def _validate(values: dict[str, Any], where: str) -> Settings:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":  # the value may be a secret put in the wrong place: not shown
             raise InvalidSettings(f"{where}: {key} is no setting; see cluster/settings.py for all of them") from None
-        raise InvalidSettings(f"{where}: {key}: {first['msg']} (found {first['input']!r})") from error
+        value = first["input"]  # text in place of a mapping, or a whole mapping, may be or hold a secret
+        shown = isinstance(value, (int, float, str)) and first["type"] not in SECRETIVE
+        found = f" (found {value!r})" if shown else f" (found a {type(value).__name__})"
+        raise InvalidSettings(f"{where}: {key}: {first['msg']}{found}") from None

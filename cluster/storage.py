@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from cluster.errors import CellrayError, Conflict, Forbidden, InvalidInput, NotFound, TooLarge, Unavailable
 from cluster.settings import MIB, StorageSettings
 
 S3 = "s3://"
 CHUNK = 8 * MIB
+PART_BYTES, PARTS_AT_ONCE = 16 * MIB, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def absolute(uri: str) -> str:
         InvalidInput: the scheme is neither, e.g. `http://`, `gs://`.
     """
     if is_s3(uri):
-        if not uri.removeprefix(S3).strip("/"):
+        if not uri.removeprefix(S3).split("/")[0]:
             raise InvalidInput(f"{uri!r} names no bucket; expected s3://BUCKET/PREFIX")
         return uri.rstrip("/")
     if "://" in uri:
@@ -70,7 +73,7 @@ class Storage:
     def _s3(self) -> Any:
         import s3fs
 
-        return s3fs.S3FileSystem(
+        filesystem = s3fs.S3FileSystem(
             anon=self.settings.anonymous,
             endpoint_url=self.settings.endpoint_url,
             use_listings_cache=False,
@@ -81,6 +84,8 @@ class Storage:
                 "retries": {"mode": "standard", "total_max_attempts": self.settings.attempts},
             },
         )
+        filesystem.retries = 1  # botocore's attempts are all there are; s3fs would multiply them by 5, by 25 for ranges
+        return filesystem
 
     def list(self, uri: str) -> Iterator[File]:
         """Files at or below `uri` in a fixed order; hidden ones (a dot or underscore first) are passed over.
@@ -89,7 +94,7 @@ class Storage:
             NotFound: nothing is there.
         """
         uri = absolute(uri)
-        with _mapped(uri):
+        with mapped(uri):
             if not is_s3(uri):
                 yield from _walk(uri)
                 return
@@ -99,12 +104,13 @@ class Storage:
                 raise NotFound(f"{uri} holds no objects: check the bucket and the prefix")
             for key, entry in sorted(listed.items()):
                 below = key.removeprefix(uri.removeprefix(S3))
-                if entry["size"] and not any(part[:1] in "._" for part in below.strip("/").split("/") if part):
+                if not key.endswith("/") and not any(part[:1] in "._" for part in below.strip("/").split("/") if part):
                     yield File(S3 + key, entry["size"])
 
     def size(self, uri: str) -> int:
         """Bytes of one file. Raises NotFound where there is none."""
-        with _mapped(uri):
+        absolute(uri)
+        with mapped(uri):
             if is_s3(uri):
                 info = self._s3.info(uri)
                 if info["type"] != "file":
@@ -127,18 +133,23 @@ class Storage:
         Raises:
             TooLarge, NotFound, Forbidden, Unavailable
         """
-        with _mapped(uri), self.open(uri) as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise TooLarge(f"{uri} is larger than the limit of {limit} bytes")
-        return data
+        with self.open(uri) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > limit:
+                raise TooLarge(f"{uri} is larger than the limit of {limit} bytes")
+            file.seek(0)
+            return file.read()
 
     def open(self, uri: str, block_bytes: int = 4 * MIB) -> IO[bytes]:
         """A seekable file, for readers that fetch ranges. S3 fetches nothing ahead of what is asked for."""
-        with _mapped(uri):
-            if is_s3(uri):
-                return self._s3.open(uri, "rb", block_size=block_bytes, cache_type="none")
-            return open(uri, "rb")
+        absolute(uri)  # no other scheme, no bucket alone
+        with mapped(uri):
+            if not is_s3(uri):
+                return open(uri, "rb")
+            file = self._s3.open(uri, "rb", block_size=block_bytes, cache_type="none")
+            if file.details["type"] != "file":
+                raise NotFound(f"{uri} is a prefix, expected an object")
+            return cast(IO[bytes], _Remote(uri, file))
 
     def publish(self, uri: str, content: bytes | Path) -> None:
         """Create `uri` with `content` (bytes, or a local file), whole or not at all; never overwrites.
@@ -148,14 +159,13 @@ class Storage:
         Raises:
             Conflict: `uri` exists with other bytes, which are kept.
         """
-        with _mapped(uri):
+        absolute(uri)
+        with mapped(uri):
             try:
                 if not is_s3(uri):
                     _link(Path(uri), content)
-                elif isinstance(content, bytes):
-                    self._s3.pipe_file(uri, content, mode="create")
                 else:
-                    self._s3.put_file(str(content), uri, mode="create")
+                    self._create(uri, content)
                 return
             except OSError as error:
                 if not _says_exists(error):
@@ -163,14 +173,32 @@ class Storage:
         if self.sha256(uri) != _sha256(content):
             raise Conflict(f"{uri} exists with other content; it is kept. Choose another output")
 
+    def _create(self, uri: str, content: bytes | Path) -> None:
+        for left in reversed(range(self.settings.attempts)):
+            try:
+                if isinstance(content, bytes):
+                    return self._s3.pipe_file(uri, content, mode="create")
+                return self._s3.put_file(
+                    str(content), uri, mode="create", chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+                )
+            except OSError as error:
+                if "ConditionalRequestConflict" not in _code(error) or not left:
+                    raise
+                time.sleep(0.1)
+
     def overwrite(self, uri: str, content: bytes) -> None:
         """Write `uri`, replacing what is there: for reports, never for data."""
-        with _mapped(uri):
+        absolute(uri)
+        with mapped(uri):
             if is_s3(uri):
                 self._s3.pipe_file(uri, content)
-            else:
-                temporary = _temporary_beside(Path(uri), content)
+                return
+            temporary = _temporary_beside(Path(uri), content)
+            try:
                 os.replace(temporary, uri)
+            except BaseException:
+                os.unlink(temporary)
+                raise
 
     def sha256(self, uri: str) -> str:
         digest = hashlib.sha256()
@@ -236,11 +264,53 @@ def _sha256(content: bytes | Path) -> str:
 
 def _says_exists(error: OSError) -> bool:
     """Servers differ in how they refuse a create-only PUT: 412 as "exists", or as a bare EINVAL (see s3fs)."""
-    return isinstance(error, FileExistsError) or "precondition" in str(error).lower()
+    return isinstance(error, FileExistsError) or _code(error) in ("PreconditionFailed", "412")
+
+
+def _code(error: OSError) -> str:
+    """What the server called the error, e.g. "PreconditionFailed"."""
+    return str(getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", ""))
+
+
+class _Remote(io.RawIOBase):
+    """An open S3 file whose errors are ours, and whose short reads are errors."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self.uri, self.file = uri, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self.file.seek(offset, whence))
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self.file.size - self.file.tell(), 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+        with mapped(self.uri):
+            data = self.file.read(wanted) if wanted else b""
+        if len(data) != wanted:
+            raise Unavailable(f"{self.uri} was cut short: {len(data)} of {wanted} bytes came")
+        return bytes(data)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 @contextmanager
-def _mapped(uri: str) -> Iterator[None]:
+def mapped(uri: str) -> Iterator[None]:
     """The only place where the errors of operating system, s3fs and botocore become ours."""
     try:
         yield
@@ -258,7 +328,9 @@ def _mapped(uri: str) -> Iterator[None]:
             raise Unavailable(f"{uri} was not written: the disk is full") from error
         if error.errno in (errno.EINVAL, errno.ENAMETOOLONG):
             raise InvalidInput(f"{uri} was refused: {error}") from error
-        raise Unavailable(f"{uri} could not be reached: {error or type(error).__name__}") from error
+        raise Unavailable(f"{uri} could not be reached: {str(error) or type(error).__name__}") from error
+    except ValueError as error:  # a bucket alone, an endpoint without a scheme, a name that is no UTF-8
+        raise InvalidInput(f"{uri} cannot be used: {error}") from error
     except Exception as error:
         name = type(error).__name__
         if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import os
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
-from cluster.errors import InvalidCheckpoint, InvalidSettings, NotFound, Unavailable
+from cluster.errors import Forbidden, InvalidCheckpoint, InvalidSettings, NotFound, Unavailable
 from cluster.settings import MIB, ModelSettings
-from cluster.storage import Storage, absolute, is_s3
+from cluster.storage import Storage, absolute, is_s3, mapped
 
 SEEDED = "seeded:"
 MAX_CHECKPOINT_BYTES = 16 << 30
 DOWNLOAD_TIMEOUT_S = 60  # without a byte
 CHUNK = 4 * MIB
+LOCK_TIMEOUT_S = 3600.0  # a download of gigabytes over a slow line
+LOCK_POLL_S = 0.2
 
 
 def is_seeded(source: str) -> bool:
     """Whether a source is `seeded:ARCHITECTURE:SEED`, random weights made on the spot."""
     return source.startswith(SEEDED)
+
+
+def public_source(source: str) -> str:
+    """The source without its query, which may be a presigned secret: for messages and `model.json`."""
+    return source.split("?")[0] if "://" in source else source
 
 
 def seed_of(source: str) -> tuple[str, int]:
@@ -40,10 +50,24 @@ def seed_of(source: str) -> tuple[str, int]:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """One process a node at a time; the others wait. Released by the system if the holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One process a node at a time; the others wait. Released by the system if the holder dies.
+
+    Raises:
+        Unavailable: the holder did not end within LOCK_TIMEOUT_S.
+    """
+    with mapped(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"another process has held {path} for {LOCK_TIMEOUT_S:.0f} s") from None
+                time.sleep(LOCK_POLL_S)
         yield
 
 
@@ -65,7 +89,7 @@ def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]
         return
     folder = Path(tempfile.mkdtemp(prefix="cellray-weights-"))
     try:
-        path = folder / (source.rsplit("/", 1)[-1] or "checkpoint")
+        path = folder / ("checkpoint" + Path(urlsplit(source).path).suffix[:20])  # the rest may be long, or a secret
         with path.open("wb") as target:
             if is_s3(source):
                 with storage.open(source) as remote:
@@ -78,34 +102,40 @@ def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]
 
 
 def _download(source: str, target: IO[bytes], model: ModelSettings) -> None:
+    shown = public_source(source)
     if not source.startswith("https://") and not (source.startswith("http://") and model.sha256):
-        raise InvalidSettings(f"{source}: expected https://, s3://, a path, or http:// with a sha256 in the settings")
+        raise InvalidSettings(f"{shown}: expected https://, s3://, a path, or http:// with a sha256 in the settings")
     try:
         with urllib.request.urlopen(source, timeout=DOWNLOAD_TIMEOUT_S) as remote:
+            if not remote.geturl().startswith("https://") and not model.sha256:
+                raise InvalidSettings(f"{shown} was redirected away from https; give its sha256 to allow that")
             expected = int(remote.headers.get("Content-Length") or 0)
-            _copy(remote, target, source)
+            _copy(remote, target, shown)
             if expected and target.tell() != expected:
-                raise Unavailable(f"{source} was cut short: {target.tell()} of {expected} bytes; try again")
+                raise Unavailable(f"{shown} was cut short: {target.tell()} of {expected} bytes; try again")
     except urllib.error.HTTPError as error:
-        kind = Unavailable if error.code >= 500 else NotFound
-        raise kind(f"{source} answered {error.code} {error.reason}") from error
-    except OSError as error:
-        raise Unavailable(f"{source} could not be downloaded: {getattr(error, 'reason', None) or error}") from error
+        busy = error.code >= 500 or error.code in (408, 429)
+        kind = Unavailable if busy else Forbidden if error.code in (401, 403) else NotFound
+        raise kind(f"{shown} answered {error.code} {error.reason}") from error
+    except http.client.InvalidURL as error:
+        raise InvalidSettings(f"{shown} is no URL") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(f"{shown} could not be downloaded: {getattr(error, 'reason', None) or error}") from error
 
 
-def _copy(remote: IO[bytes], target: IO[bytes], source: str) -> None:
+def _copy(remote: IO[bytes], target: IO[bytes], shown: str) -> None:
     while chunk := remote.read(CHUNK):
         target.write(chunk)
         if target.tell() > MAX_CHECKPOINT_BYTES:
-            raise InvalidCheckpoint(f"{source} is over {MAX_CHECKPOINT_BYTES >> 30} GiB, not a checkpoint known here")
+            raise InvalidCheckpoint(f"{shown} is over {MAX_CHECKPOINT_BYTES >> 30} GiB: no known checkpoint is")
 
 
 def _checked(path: Path, model: ModelSettings) -> str:
-    with path.open("rb") as file:
+    with mapped(str(path)), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if model.sha256 and not digest.startswith(model.sha256.lower()):
         raise InvalidCheckpoint(
-            f"{model.source} has sha256 {digest[:12]}…, the settings expect {model.sha256[:12]}…: "
+            f"{public_source(model.source)} has sha256 {digest[:12]}…, the settings expect {model.sha256[:12]}…: "
             "the file is damaged or another one"
         )
     return digest

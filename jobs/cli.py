@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
+    from cluster import weights
     from cluster.settings import ModelSettings
     from serve_app import models
     from serve_app.model import checkpoint
@@ -87,7 +88,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     card = checkpoint.extract(
         state,
         arguments.out,
-        source=model.source,
+        source=weights.public_source(model.source),
         source_sha256=digest,
         licence=model.licence,
         trained=trained,

@@ -44,12 +44,16 @@ class Plan:
             return True
         try:
             storage.publish(uri, self._canonical())
-        except Conflict:
+        except Conflict:  # another driver was faster
             self._compare(storage, uri, out)
+            return True
         return False
 
     def _compare(self, storage: Storage, uri: str, out: str) -> None:
-        there = json.loads(storage.read(uri, MAX_RECORD_BYTES))
+        try:
+            there = dict(json.loads(storage.read(uri, MAX_RECORD_BYTES)) or [0])
+        except (ValueError, TypeError) as error:
+            raise Conflict(f"{uri} is no plan of this version: {error}") from error
         ours = json.loads(self._canonical())
         if there != ours:
             keys = [key for key in sorted(there | ours) if there.get(key) != ours.get(key)]
@@ -59,14 +63,14 @@ class Plan:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"
+    return text if len(text) <= 40 else f"{text[:12]}…{text[-20:]}"
 
 
 def listing_hash(files: Iterable[File]) -> str:
     """sha256 over URIs and sizes, in order."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.uri}\t{file.size}\n".encode())
+        digest.update(f"{file.uri}\t{file.size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

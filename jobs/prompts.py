@@ -45,10 +45,12 @@ def read(storage: Storage, uri: str, base: str) -> dict[str, ImagePrompts]:
     for number, row in enumerate(_rows(storage, uri)):
         try:
             image, prompt = _parse(row)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise InvalidPrompt(f"{uri}, row {number}: {error}; expected columns {COLUMNS}") from error
         full = image if "://" in image or image.startswith("/") else join(base, image)
         by_image.setdefault(full, []).append(prompt)
+    if not by_image:
+        raise InvalidPrompt(f"{uri} has no rows; expected columns {COLUMNS}")
     return {image: _collect(uri, image, rows) for image, rows in by_image.items()}
 
 
@@ -62,10 +64,10 @@ def _rows(storage: Storage, uri: str) -> list[dict[str, Any]]:
 
             table = csv.read_csv(io.BytesIO(data))
         elif uri.endswith((".jsonl", ".ndjson")):
-            return [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+            return [json.loads(line) for line in data.decode().split("\n") if line.strip()]
         else:
             raise InvalidPrompt(f"{uri} is no prompt table; expected .parquet, .csv or .jsonl")
-    except (pa.ArrowInvalid, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InvalidPrompt(f"{uri} could not be read as a table: {error}") from error
     names = set(table.column_names)
     if "image_uri" not in names or not names & {"box", "points"}:
@@ -73,21 +75,35 @@ def _rows(storage: Storage, uri: str) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
+def _json(text: str) -> Any:
+    """A cell of CSV; an empty one is none."""
+    return json.loads(text) if text.strip() else None
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not abs(number) < 1e9:
+        raise ValueError(f"{value} is no coordinate")
+    return number
+
+
 def _parse(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(image URI, {"box": …, "points": …, "labels": …}) with lists of floats and ints."""
     if not isinstance(row, dict) or not isinstance(row.get("image_uri"), str):
         raise ValueError("no image_uri")
     values = {name: row.get(name) for name in ("box", "points", "labels")}
-    values = {name: json.loads(value) if isinstance(value, str) else value for name, value in values.items()}
+    values = {name: _json(value) if isinstance(value, str) else value for name, value in values.items()}
     prompt: dict[str, Any] = {}
     if values["box"] is not None:
-        box = [float(value) for value in values["box"]]
+        box = [_number(value) for value in values["box"]]
         if len(box) != 4:
             raise ValueError(f"a box has 4 numbers, found {len(box)}")
         prompt["box"] = box
     if values["points"] is not None:
-        points = [[float(x), float(y)] for x, y in values["points"]]
+        points = [[_number(x), _number(y)] for x, y in values["points"]]
         labels = [int(label) for label in values["labels"] or [1] * len(points)]
+        if labels != list(values["labels"] or labels) or not {*labels} <= {0, 1}:
+            raise ValueError("labels are 1 (foreground) or 0 (background)")
         if not points or len(labels) != len(points):
             raise ValueError(f"{len(points)} points with {len(labels)} labels")
         prompt |= {"points": points, "labels": labels}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import CellrayError, Internal, Unavailable
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 IN_FLIGHT_BYTES = 256 * MIB  # read and waiting for a replica, a task
 READERS = 4
 CALLS = 3  # handle calls a task keeps open: one runs, one waits at the replica, one is on its way
-ATTEMPTS = 6  # of a call whose replica went away or was busy: about half a minute in all
+ATTEMPTS = 6  # of a read or a call whose other end was away or busy: about half a minute in all
 SHARD_ATTEMPTS = 3  # of a task whose worker died
 BACKOFF_S = 1.0
 
@@ -105,10 +105,10 @@ class Pipeline(Generic[Source, Item, Result]):
     def _read(self, source: Source) -> Item | CellrayError:
         start = time.perf_counter()
         try:
-            return self.read(source)
-        except Unavailable:
-            raise
+            return self._persist(lambda: self.read(source))
         except CellrayError as error:
+            if error.retry:
+                raise
             return error
         finally:
             self._took("read", start)
@@ -116,25 +116,31 @@ class Pipeline(Generic[Source, Item, Result]):
     def _call(self, items: list[tuple[Source, Item | CellrayError]]) -> list[Done[Source, Item, Result]]:
         start = time.perf_counter()
         good = [item for _, item in items if not isinstance(item, CellrayError)]
-        results = iter(self._persist(good) if good else [])
+        results: Iterator[Result | CellrayError] = iter(self._answers(good) if good else [])
         self._took("call", start)
         return [Done(source, item, None if isinstance(item, CellrayError) else next(results)) for source, item in items]
 
-    def _persist(self, items: list[Item]) -> list[Result | CellrayError]:
-        """Call until the replicas answer; what they answer with an error of their own is not asked again."""
-        for attempt in range(1, ATTEMPTS + 1):
+    def _answers(self, items: list[Item]) -> list[Result | CellrayError]:
+        try:
+            return self._persist(lambda: self.call(items))
+        except CellrayError as error:
+            if error.retry:
+                raise
+            return [error] * len(items)
+
+    def _persist(self, attempt: Callable[[], Any]) -> Any:
+        """Try until it answers; an error of its own that will not go away is raised at once."""
+        for left in reversed(range(ATTEMPTS)):
             try:
-                return self.call(items)
-            except (RayError, RayServeException, GetTimeoutError, TimeoutError) as error:
+                return attempt()
+            except (CellrayError, RayError, RayServeException, TimeoutError) as error:
                 ours = foreign(error)
-                if not ours.retry:
-                    log.warning(f"{ours} {error}")
-                    return [ours] * len(items)
-                if attempt == ATTEMPTS:
+                if not ours.retry or not left:
+                    log.warning(f"{ours}: {error}")
                     raise ours from error
             with self.lock:
                 self.progress.retries += 1
-            time.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+            time.sleep(BACKOFF_S * 2 ** (ATTEMPTS - 1 - left) * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
 
     def _took(self, stage: str, start: float) -> None:

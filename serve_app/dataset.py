@@ -6,7 +6,7 @@ A shard's files are published first, its record last; what has no record does no
 statement, the committed rows of a data set are
 
     SELECT e.* EXCLUDE (filename) FROM read_parquet('OUT/embeddings/*.parquet', filename = true) e
-    WHERE parse_filename(filename) IN (SELECT parse_filename(unnest(files).path) FROM read_json('OUT/_records/*.json'))
+    WHERE parse_path(filename)[-2:] IN (SELECT parse_path(unnest(files).path) FROM read_json('OUT/_records/*.json'))
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def mask_rows(
 
 def error_row(image_uri: str, stage: str, error: Exception, attempt: int = 1) -> pa.Table:
     row = {
-        "image_uri": image_uri,
+        "image_uri": image_uri.encode(errors="backslashreplace").decode(),
         "stage": stage,
         "error_type": type(error).__name__,
         "message": str(error),
@@ -197,11 +197,12 @@ class Record:
     def from_json(cls, text: bytes, uri: str) -> Record:
         try:
             values = json.loads(text)
-            values.pop("schema_version")
+            if (version := values.pop("schema_version")) != SCHEMA_VERSION:
+                raise ValueError(f"its version is {version}, not {SCHEMA_VERSION}")
             values["files"] = tuple(ShardFile(**file) for file in values["files"])
             values["embedding_ids"] = tuple(values["embedding_ids"])
             return cls(**values)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"{uri} is no commit record of this version: {error}") from error
 
 
@@ -222,9 +223,11 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in self.writers.values():
-            writer.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            for writer in self.writers.values():
+                writer.close()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, dataset: str, table: pa.Table) -> None:
         """Append rows. Embeddings go to disk at once, one row a row group; the rest in groups of thousands."""
@@ -247,7 +250,7 @@ class ShardWriter:
         return pq.ParquetWriter(
             self.folder / f"{dataset}.parquet",
             schema.with_metadata({f"cellray.{key}": value for key, value in self.metadata.items()}),
-            compression={name: "none" if name in plain else "zstd" for name in schema.names},
+            compression={leaf: "none" if leaf in plain else "zstd" for leaf in _leaves(schema)},
             use_dictionary=[name for name in columns if dataset != EMBEDDINGS],
             write_statistics=[name for name in columns if name in ("image_uri", "image_id", "area", "model")],
         )
@@ -297,11 +300,23 @@ class ShardWriter:
             self.storage.publish(uri, local)
         except Conflict:
             with self.storage.open(uri) as theirs, local.open("rb") as ours:
-                if _identity(theirs) != _identity(ours):
-                    raise
+                try:
+                    same = _identity(theirs) == _identity(ours)
+                except (pa.ArrowException, OSError):
+                    same = False
+            if not same:
+                raise
             return self.storage.size(uri), self.storage.sha256(uri)
         with local.open("rb") as file:
             return local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Parquet's own names of the columns, e.g. `segmentation.size.list.element`."""
+    file = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), file)
+    leaves = pq.ParquetFile(pa.BufferReader(file.getvalue())).schema
+    return [leaves.column(index).path for index in range(len(leaves))]
 
 
 def _identity(file: IO[bytes]) -> tuple[Any, ...]:
@@ -351,7 +366,10 @@ class Dataset:
     def read(self, uri: str, columns: list[str]) -> pa.Table:
         """These columns of one committed file."""
         with self.storage.open(uri) as file:
-            return pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(None)
+            try:
+                return pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(None)
+            except (pa.ArrowException, OSError) as error:
+                raise InvalidInput(f"{uri} is damaged: {error}") from error
 
 
 def open_embeddings(storage: Storage, uri: str, rows: list[int]) -> Iterator[Embedding]:

@@ -32,9 +32,8 @@ def prepare(settings: Settings, name: str) -> Path:
         if (folder / "model.json").exists():
             return folder
         state, digest, trained = read(model, settings)
-        checkpoint.extract(
-            state, folder, source=model.source, source_sha256=digest, licence=model.licence, trained=trained
-        )
+        source = weights.public_source(model.source)
+        checkpoint.extract(state, folder, source=source, source_sha256=digest, licence=model.licence, trained=trained)
     return folder
 
 
@@ -51,7 +50,7 @@ def _identity(model: ModelSettings) -> str:
     """What the cached split depends on; a local file that was replaced is another one."""
     path = Path(model.source).expanduser()
     stamp = f"{path.stat().st_mtime_ns} {path.stat().st_size}" if "://" not in model.source and path.is_file() else ""
-    return "\n".join((model.source, model.sha256 or "", stamp))
+    return "\n".join((model.source, model.sha256 or "", model.licence, stamp))
 
 
 def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str) -> ModelInfo:

@@ -125,6 +125,8 @@ def foreign(error: Exception) -> CellrayError:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, CellrayError):
         return cause
+    if isinstance(error, TimeoutError):  # Ray's GetTimeoutError is one
+        return DeadlineExceeded("a replica did not answer in time")
     if isinstance(error, BackPressureError):
         return Overloaded("all replicas are busy and their queue is full")
     if isinstance(error, RayActorError) or "DeploymentUnavailable" in type(error).__name__:

@@ -1,7 +1,4 @@
-"""A real S3 server (moto) in a process of its own, on loopback, and fixtures to import where a test needs it.
-
-    from tests.s3 import s3  # noqa: F401
-"""
+"""A real S3 server (moto) in a process of its own, on loopback, and fixtures to import where a test needs them."""
 
 from __future__ import annotations
 
@@ -21,9 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from cluster.settings import StorageSettings
+from cluster.storage import Storage
 
+ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 60.0
-ALL = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+EVERYTHING = {"Effect": "Allow", "Action": "*", "Resource": "*"}
 
 
 class S3(NamedTuple):
@@ -33,8 +32,15 @@ class S3(NamedTuple):
     make_bucket: Callable[[str], str]
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+class Place(NamedTuple):
+    """An empty folder or bucket, and the storage that reaches it."""
+
+    storage: Storage
+    uri: str
+
+
+@pytest.fixture(scope="session", name="s3")
+def s3_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """One server for all the tests of a run; each makes buckets of its own."""
     with pytest.MonkeyPatch.context() as patch, server(tmp_path_factory.mktemp("s3")) as url:
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
@@ -47,6 +53,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield S3(StorageSettings(endpoint_url=url), make_bucket)
 
 
+@pytest.fixture(params=["local", "s3"], name="place")
+def place_fixture(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """The test runs twice: on a folder, and on a bucket."""
+    if request.param == "local":
+        return Place(Storage(), str(tmp_path / "place"))
+    s3: S3 = request.getfixturevalue("s3")
+    return Place(Storage(s3.settings), s3.make_bucket(f"test-{time.monotonic_ns()}"))
+
+
 @contextmanager
 def server(tmp_path: Path, check_keys: bool = False) -> Iterator[str]:
     """The endpoint's URL; with `check_keys` the server refuses keys that `make_user` did not make."""
@@ -55,9 +70,8 @@ def server(tmp_path: Path, check_keys: bool = False) -> Iterator[str]:
         port = probe.getsockname()[1]
     environment = {**os.environ, **({"INITIAL_NO_AUTH_ACTION_COUNT": "0"} if check_keys else {})}
     with (tmp_path / "moto.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.s3", str(port)], env=environment, stdout=log, stderr=log
-        )
+        command = [sys.executable, "-m", "tests.s3", str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             _wait(port, process)
             yield f"http://127.0.0.1:{port}"
@@ -67,14 +81,15 @@ def server(tmp_path: Path, check_keys: bool = False) -> Iterator[str]:
 
 
 def client(url: str, service: str, **keys: str) -> Any:
-    import boto3
+    """Amazon's own client, to look at the server past our code."""
+    from boto3.session import Session  # one of its own: the default one keeps the first keys it saw
 
-    return boto3.client(service, endpoint_url=url, region_name="us-east-1", **keys)
+    return Session().client(service, endpoint_url=url, region_name="us-east-1", **keys)
 
 
-def make_user(url: str, name: str, statement: dict[str, str] = ALL) -> dict[str, str]:
-    """Keys of a new user with this one permission, on a server that checks keys."""
-    _check_after(url, "inf")
+def make_user(url: str, name: str, statement: dict[str, str]) -> dict[str, str]:
+    """The environment of a new user with this one permission, on a server that checks keys."""
+    _check_keys_after(url, "inf")
     try:
         iam = client(url, "iam", aws_access_key_id="setup", aws_secret_access_key="setup")
         iam.create_user(UserName=name)
@@ -82,12 +97,13 @@ def make_user(url: str, name: str, statement: dict[str, str] = ALL) -> dict[str,
         iam.put_user_policy(UserName=name, PolicyName="only", PolicyDocument=policy)
         key = iam.create_access_key(UserName=name)["AccessKey"]
     finally:
-        _check_after(url, "0")
+        _check_keys_after(url, "0")
     return {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
 
 
-def _check_after(url: str, calls: str) -> None:
-    urllib.request.urlopen(f"{url}/moto-api/reset-auth", data=calls.encode(), timeout=10).close()
+def _check_keys_after(url: str, calls: str) -> None:
+    body = urllib.request.Request(f"{url}/moto-api/reset-auth", calls.encode(), {"Content-Type": "text/plain"})
+    urllib.request.urlopen(body, timeout=10).close()
 
 
 def _wait(port: int, process: subprocess.Popen[bytes]) -> None:

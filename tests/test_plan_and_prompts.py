@@ -1,0 +1,381 @@
+"""What a job is to do: its images, its prompts, and the plan that freezes both."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.errors import CellrayError, Conflict, InvalidImage, InvalidInput, InvalidPrompt, NotFound, TooLarge
+from cluster.settings import Limits
+from cluster.storage import File, Storage, join
+from jobs import images, prompts
+from jobs.plan import Plan, listing_hash, shards
+from jobs.prompts import ImagePrompts
+from serve_app.dataset import MAX_ROWS_A_FILE, plan_uri
+from tests.s3 import Place, place_fixture, s3_fixture  # noqa: F401
+
+FACTS = {
+    "input": "s3://in/plates",
+    "listing": "1" * 64,
+    "images": 3,
+    "shard_images": 256,
+    "model": "nano",
+    "encoder_sha256": "2" * 64,
+    "preprocess": "1",
+    "grid": None,
+    "multimask": False,
+}
+BASE = "s3://in/plates"
+
+
+# The plan
+
+
+def test_a_plan_is_frozen_once_and_found_again(place: Place) -> None:
+    assert not Plan("embed", FACTS).freeze(place.storage, place.uri)
+    frozen = place.storage.read(plan_uri(place.uri, "embed"), 9999)
+    assert Plan("embed", dict(reversed(FACTS.items()))).freeze(place.storage, place.uri)
+    assert place.storage.read(plan_uri(place.uri, "embed"), 9999) == frozen
+    assert json.loads(frozen)["encoder_sha256"] == FACTS["encoder_sha256"]
+    assert not Plan("segment", FACTS).freeze(place.storage, place.uri)  # each job has its own
+
+
+def test_another_plan_is_refused_with_the_difference(place: Place) -> None:
+    Plan("embed", FACTS).freeze(place.storage, place.uri)
+    other = FACTS | {"model": "sam_vit_b", "encoder_sha256": "3" * 64, "shard_images": 8}
+    with pytest.raises(Conflict) as caught:
+        Plan("embed", other).freeze(place.storage, place.uri)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert place.uri in message
+    for said in ("model: nano there, sam_vit_b here", "shard_images: 256 there, 8 here", "222222", "333333"):
+        assert said in message
+    for same in ("listing", "images: ", "grid"):
+        assert same not in message.replace("shard_images: ", "")
+
+
+def test_a_fact_more_or_less_is_another_plan(place: Place) -> None:
+    Plan("embed", FACTS).freeze(place.storage, place.uri)
+    with pytest.raises(Conflict, match="extra: None there, 1 here"):
+        Plan("embed", FACTS | {"extra": 1}).freeze(place.storage, place.uri)
+    with pytest.raises(Conflict, match="model: nano there, None here"):
+        Plan("embed", {key: value for key, value in FACTS.items() if key != "model"}).freeze(place.storage, place.uri)
+
+
+def test_the_difference_of_two_long_addresses_is_seen(tmp_path: Path) -> None:
+    first, second = (f"s3://in/a/folder/with/a/long/name/plate-{number}" for number in (1, 2))
+    Plan("embed", FACTS | {"input": first}).freeze(Storage(), str(tmp_path))
+    with pytest.raises(Conflict, match=r"plate-1 there, .*plate-2 here"):
+        Plan("embed", FACTS | {"input": second}).freeze(Storage(), str(tmp_path))
+
+
+def test_another_driver_that_was_faster(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    Plan("embed", FACTS).freeze(place.storage, place.uri)
+    monkeypatch.setattr(Storage, "exists", lambda *_: False)  # both looked before either wrote
+    Plan("embed", FACTS).freeze(place.storage, place.uri)
+    with pytest.raises(Conflict, match="images: 3 there, 4 here"):
+        Plan("embed", FACTS | {"images": 4}).freeze(place.storage, place.uri)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]"])
+def test_a_damaged_plan_is_named(tmp_path: Path, text: bytes) -> None:
+    Storage().publish(plan_uri(str(tmp_path), "embed"), text)
+    with pytest.raises((Conflict, InvalidInput), match="_plan-embed-000"):
+        Plan("embed", FACTS).freeze(Storage(), str(tmp_path))
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_the_fingerprint_depends_on_every_fact(fact: str) -> None:
+    plan = Plan("embed", FACTS)
+    assert Plan("embed", FACTS | {fact: "other"}).fingerprint != plan.fingerprint
+    assert Plan("embed", {key: value for key, value in FACTS.items() if key != fact}).fingerprint != plan.fingerprint
+
+
+def test_the_fingerprint_depends_on_the_job_and_not_on_order() -> None:
+    plan = Plan("embed", FACTS)
+    assert Plan("segment", FACTS).fingerprint != plan.fingerprint
+    assert Plan("embed", dict(reversed(FACTS.items()))).fingerprint == plan.fingerprint
+
+
+def test_the_listing_hash_depends_on_names_sizes_and_order() -> None:
+    files = [File("s3://in/ü 1.png", 1), File("s3://in/2.png", 2)]
+    hashes = {
+        listing_hash(files),
+        listing_hash(files[::-1]),
+        listing_hash(files[:1]),
+        listing_hash([files[0], File(files[1].uri, 3)]),
+        listing_hash([files[0], File("s3://in/3.png", 2)]),
+        listing_hash([]),
+    }
+    assert len(hashes) == 6
+    assert listing_hash(iter(files)) == listing_hash(files)
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"1")
+    listing_hash(images.find(Storage(), str(tmp_path)))
+
+
+@pytest.mark.parametrize(("count", "size", "expected"), [(0, 4, []), (4, 4, [4]), (9, 4, [4, 4, 1]), (3, 1, [1, 1, 1])])
+def test_shards_are_slices_of_the_listing(count: int, size: int, expected: list[int]) -> None:
+    sources = list(range(count))
+    made = shards(sources, size)
+    assert [len(one) for one in made] == expected
+    assert [source for one in made for source in one] == sources
+    assert made == shards(sources, size)
+
+
+def test_a_shard_is_never_more_than_a_file_holds() -> None:
+    assert [len(one) for one in shards(range(1000), 9999)] == [MAX_ROWS_A_FILE, 1000 - MAX_ROWS_A_FILE]
+
+
+# Prompt tables
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "box": [
+        {"image_uri": "a.png", "box": [1, 2, 3.5, 4]},
+        {"image_uri": f"{BASE}/d/b c.png", "box": [5, 6, 7, 8]},
+        {"image_uri": f"{BASE}/a.png", "box": [9, 10, 11, 12]},
+    ],
+    "points": [
+        {"image_uri": "a.png", "points": [[1, 2], [3.5, 4]], "labels": [1, 0]},
+        {"image_uri": f"{BASE}/d/b c.png", "points": [[5, 6]], "labels": [1]},
+        {"image_uri": f"{BASE}/a.png", "points": [[9, 10]], "labels": [0]},
+    ],
+    "box+points": [
+        {"image_uri": "a.png", "box": [1, 2, 3.5, 4], "points": [[1, 2]], "labels": [0]},
+        {"image_uri": f"{BASE}/d/b c.png", "box": [5, 6, 7, 8], "points": [[5, 6]], "labels": [1]},
+        {"image_uri": f"{BASE}/a.png", "box": [9, 10, 11, 12], "points": [[9, 10], [1, 1]], "labels": [1, 1]},
+    ],
+}
+
+
+def table(rows: list[dict[str, Any]], suffix: str) -> bytes:
+    """As people write it: Parquet by pyarrow, CSV by Polars, JSONL by Python."""
+    if suffix == "parquet":
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        return file.getvalue()
+    if suffix == "csv":
+        texts = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows]
+        return pl.DataFrame(texts).write_csv().encode()
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def damaged(parquet: bytes) -> bytes:
+    """With a footer that does not parse."""
+    return parquet[:-60] + b"\xff" * 52 + parquet[-8:]
+
+
+def read(folder: Path, content: bytes | str, suffix: str = "jsonl", base: str = BASE) -> dict[str, ImagePrompts]:
+    path = folder / f"prompts.{suffix}"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return prompts.read(Storage(), str(path), base)
+
+
+def refused(folder: Path, content: bytes | str, suffix: str = "jsonl") -> str:
+    """The message, which is one line and names the table."""
+    with pytest.raises(InvalidPrompt) as caught:
+        read(folder, content, suffix)
+    assert "\n" not in str(caught.value)
+    assert f"prompts.{suffix}" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "ndjson"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_tables_of_every_kind(tmp_path: Path, kind: str, suffix: str) -> None:
+    found = read(tmp_path, table(ROWS[kind], suffix), suffix)
+    assert [*found] == [f"{BASE}/a.png", f"{BASE}/d/b c.png"]  # relative and full names of one image are one
+    first, second = found.values()
+    assert (first.type, len(first.prompts), len(second.prompts)) == (kind, 2, 1)
+    if "box" in kind:
+        assert first.prompts.boxes is not None
+        assert first.prompts.boxes.dtype == np.float32
+        assert first.prompts.boxes.tolist() == [[1, 2, 3.5, 4], [9, 10, 11, 12]]
+    if kind == "points":
+        assert first.prompts.points is not None
+        assert first.prompts.labels is not None
+        assert first.prompts.points.dtype == np.float32
+        assert first.prompts.points.tolist() == [[[1, 2], [3.5, 4]], [[9, 10], [0, 0]]]
+        assert first.prompts.labels.tolist() == [[1, 0], [0, -1]]  # −1 pads
+    expected = [{k: v for k, v in row.items() if k != "image_uri"} for row in (ROWS[kind][0], ROWS[kind][2])]
+    assert [json.loads(text) for text in first.texts] == expected
+    first.prompts.check((100, 100))
+
+
+def test_labels_may_be_left_out(tmp_path: Path) -> None:
+    (one,) = read(tmp_path, '{"image_uri": "a", "points": [[1, 2], [3, 4]]}').values()
+    assert one.prompts.labels is not None
+    assert one.prompts.labels.tolist() == [[1, 1]]
+
+
+def test_kinds_may_differ_between_images(tmp_path: Path) -> None:
+    rows = [{"image_uri": "a", "box": [1, 2, 3, 4]}, {"image_uri": "b", "points": [[1, 2]], "labels": [1]}]
+    assert [one.type for one in read(tmp_path, table(rows, "jsonl")).values()] == ["box", "points"]
+    path = tmp_path / "pandas.parquet"
+    pd.DataFrame(rows).to_parquet(path)  # writes nulls where a row has no such key
+    assert [one.type for one in prompts.read(Storage(), str(path), BASE).values()] == ["box", "points"]
+
+
+def test_a_cell_of_csv_may_be_empty(tmp_path: Path) -> None:
+    found = read(tmp_path, 'image_uri,box,points\na,"[1,2,3,4]",\nb,,"[[1,2]]"\n', "csv")
+    assert [one.type for one in found.values()] == ["box", "points"]
+
+
+def test_names_are_full_or_relative_to_the_input(tmp_path: Path) -> None:
+    text = "\n".join(json.dumps({"image_uri": name, "box": [1, 2, 3, 4]}) for name in ("a", "/b", "s3://c/d", "e/ü f"))
+    assert [*read(tmp_path, text, base="/in/")] == ["/in/a", "/b", "s3://c/d", "/in/e/ü f"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"box": [1, 2, 3, 4]}', "no image_uri"),
+        ('{"image_uri": 7, "box": [1, 2, 3, 4]}', "no image_uri"),
+        ("[1]", "no image_uri"),
+        ('{"image_uri": "a"}', "neither box nor points"),
+        ('{"image_uri": "a", "box": null}', "neither box nor points"),
+        ('{"image_uri": "a", "labels": [1]}', "neither box nor points"),
+        ('{"image_uri": "a", "box": [1, 2, 3]}', "4 numbers, found 3"),
+        ('{"image_uri": "a", "box": 5}', "row 1"),
+        ('{"image_uri": "a", "box": {"x": 1}}', "row 1"),
+        ('{"image_uri": "a", "box": [1, 2, 3, "x"]}', "row 1"),
+        ('{"image_uri": "a", "box": [1, 2, 3, null]}', "row 1"),
+        ('{"image_uri": "a", "box": "1, 2, 3, 4"}', "row 1"),
+        ('{"image_uri": "a", "points": []}', "0 points"),
+        ('{"image_uri": "a", "points": [[1]]}', "row 1"),
+        ('{"image_uri": "a", "points": [[1, 2, 3]]}', "row 1"),
+        ('{"image_uri": "a", "points": [1, 2]}', "row 1"),
+        ('{"image_uri": "a", "points": [[1, 2]], "labels": [1, 0]}', "1 points with 2 labels"),
+        ('{"image_uri": "a", "points": [[1, 2]], "labels": ["x"]}', "row 1"),
+        ('{"image_uri": "a", "points": [[1, 2]], "labels": [NaN]}', "row 1"),
+        ('{"image_uri": "a", "points": [[1, 2]], "labels": [1e999]}', "row 1"),
+        ('{"image_uri": "a", "points": [[1, 2]], "labels": [99999999999]}', "row 1"),
+        (f'{{"image_uri": "a", "box": [1, 2, 3, {10**400}]}}', "row 1"),
+        ('{"image_uri": "a", "box": [1, 2, NaN, 4]}', "row 1"),
+        ('{"image_uri": "a", "box": [1, 2, 1e300, 4]}', "row 1"),
+        ('{"image_uri": "a", "points": [[1, 2]], "labels": [0.7]}', "row 1"),
+    ],
+)
+def test_a_wrong_row_is_refused_by_its_number(tmp_path: Path, row: str, said: str) -> None:
+    message = refused(tmp_path, '{"image_uri": "a", "box": [1, 2, 3, 4]}\n' + row)
+    assert "row 1" in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "said"),
+    [
+        ("txt", "image_uri", "expected .parquet, .csv or .jsonl"),
+        ("parquet", b"no parquet", "could not be read"),
+        ("parquet", table([{"image_uri": "a", "boxes": 1}], "parquet"), "has columns boxes, image_uri"),
+        ("csv", "name,box\na,b\n", "has columns box, name"),
+        ("csv", "", "could not be read"),
+        ("csv", "image_uri,box\na,[1,2,3,4]\n", "could not be read"),
+        ("jsonl", '{"image_uri": ', "could not be read"),
+        ("jsonl", b"\xff\xfe", "could not be read"),
+        ("parquet", damaged(table(ROWS["box"], "parquet")), "could not be read"),
+    ],
+)
+def test_what_is_no_prompt_table(tmp_path: Path, suffix: str, content: bytes | str, said: str) -> None:
+    assert said in refused(tmp_path, content, suffix)
+
+
+def test_only_a_newline_ends_a_row(tmp_path: Path) -> None:
+    rows = [{"image_uri": name, "box": [1, 2, 3, 4]} for name in ("a\u2028b", "c")]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    assert [*read(tmp_path, text)] == [f"{BASE}/a\u2028b", f"{BASE}/c"]
+
+
+@pytest.mark.parametrize(
+    "kinds", [("box", "points"), ("box", "box+points"), ("points", "box+points")], ids=lambda kinds: " ".join(kinds)
+)
+def test_one_image_has_prompts_of_one_kind(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    message = refused(tmp_path, table([ROWS[kind][0] for kind in kinds], "jsonl"))
+    assert "of different kinds" in message
+    assert f"{BASE}/a.png" in message
+
+
+@pytest.mark.parametrize(("suffix", "content"), [("jsonl", ""), ("csv", "image_uri,box\n")])
+def test_an_empty_table_is_refused(tmp_path: Path, suffix: str, content: str) -> None:
+    refused(tmp_path, content, suffix)
+
+
+def test_a_table_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"none\.csv"):
+        prompts.read(Storage(), str(tmp_path / "none.csv"), BASE)
+
+
+# Images
+
+
+def png(width: int = 20, height: int = 10) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 100, 50)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_images_are_found_by_suffix(place: Place) -> None:
+    shown = ["a.png", "b.JPG", "c.d.tiff", "d/e.webp", "d/f g.Tif"]
+    for name in [*shown, "readme.txt", "png", "a.png.bak", ".h.png", "_x/i.png"]:
+        place.storage.publish(join(place.uri, name), b"1")
+    assert sorted(file.uri.removeprefix(place.uri + "/") for file in images.find(place.storage, place.uri)) == shown
+    (one,) = images.find(place.storage, join(place.uri, "a.png"))
+    assert one == File(join(place.uri, "a.png"), 1)
+
+
+def test_a_place_without_images_says_what_was_looked_for(place: Place) -> None:
+    place.storage.publish(join(place.uri, "d", "readme.txt"), b"1")
+    place.storage.publish(join(place.uri, "d", "notes.txt"), b"1")
+    for uri, others in ((place.uri, 2), (join(place.uri, "d", "notes.txt"), 1)):
+        with pytest.raises(NotFound, match=rf"no images under .*\({others} files with other names\).*\.png, \.jpg"):
+            list(images.find(place.storage, uri))
+    with pytest.raises(NotFound):
+        list(images.find(place.storage, join(place.uri, "none")))
+
+
+def test_an_image_is_read_to_pixels_and_identity(place: Place) -> None:
+    content = png()
+    uri = join(place.uri, "a b.png")
+    place.storage.publish(uri, content)
+    read = images.read(place.storage, File(uri, len(content)), 256, Limits())
+    assert read.image_id == hashlib.sha256(content).hexdigest()
+    assert read.image.original == (10, 20)
+    assert read.image.input == (128, 256)
+    assert (read.image.pixels.shape, read.image.pixels.dtype) == ((128, 256, 3), np.uint8)
+    assert read.image.pixels[64, 128].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize(
+    ("content", "limits", "kind"),
+    [
+        (b"", Limits(), InvalidImage),
+        (b"no image", Limits(), InvalidImage),
+        (png(200, 100)[:200], Limits(), InvalidImage),
+        (png(), Limits(image_bytes=10), TooLarge),
+        (png(), Limits(image_pixels=199), TooLarge),
+        (None, Limits(), NotFound),
+    ],
+)
+def test_a_bad_image_is_an_error_of_ours(
+    tmp_path: Path, content: bytes | None, limits: Limits, kind: type[CellrayError]
+) -> None:
+    uri = str(tmp_path / "a.png")
+    if content is not None:
+        Path(uri).write_bytes(content)
+    with pytest.raises(kind) as caught:
+        images.read(Storage(), File(uri, 1), 256, limits)
+    assert "\n" not in str(caught.value)
