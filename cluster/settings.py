@@ -79,7 +79,9 @@ class Limits(Frozen):
     """Bounds on what one input may cost. Each refuses with a clear error; none truncates."""
 
     image_bytes: PositiveInt = Field(256 * MIB, description="largest image file, and largest HTTP body")
-    image_pixels: PositiveInt = Field(100_000_000, description="largest width × height, checked before decoding")
+    image_pixels: PositiveInt = Field(
+        100_000_000, le=178_956_970, description="largest width × height, checked first; Pillow refuses more"
+    )
     prompts: PositiveInt = Field(4096, description="most prompts for one image in one request")
     request_timeout_s: PositiveFloat = Field(600, description="longest wait for one answer of a replica")
     cache_bytes: PositiveInt = Field(512 * MIB, description="embeddings that one ingress replica keeps in memory")

@@ -205,7 +205,6 @@ def test_a_bad_file_is_refused(name: str, tmp_path: Path) -> None:
     assert "expected a state dict" in message
 
 
-@pytest.mark.xfail(strict=True, reason="what torch.load raises on a damaged file is more than the errors listed")
 def test_a_legacy_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     whole = saved(TINY, _use_new_zipfile_serialization=False)
     for end in range(0, len(whole), 7):
@@ -213,10 +212,9 @@ def test_a_legacy_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         refused(checkpoint.read_state, tmp_path / "cut.pth")
 
 
-@pytest.mark.xfail(strict=True, reason="any file that begins with the byte 0x80 is said to run code")
-def test_a_harmless_file_is_not_accused(tmp_path: Path) -> None:
+def test_safetensors_are_read_whatever_the_file_is_called(tmp_path: Path) -> None:
     (tmp_path / "misnamed.pth").write_bytes(save(TINY))
-    assert "would run code" not in refused(checkpoint.read_state, tmp_path / "misnamed.pth")
+    assert checkpoint.read_state(tmp_path / "misnamed.pth").keys() == TINY.keys()
 
 
 @pytest.mark.parametrize("kind", ["plain", "in a state", "zip", "legacy"])
@@ -285,7 +283,6 @@ def test_a_state_that_does_not_fit_is_refused(case: str, nano: State, tmp_path: 
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="recognise takes the rank of what it reads, and that there are blocks, on trust")
 @pytest.mark.parametrize("case", UNFIT_STATES)
 def test_a_state_of_odd_shapes_is_refused(case: str, nano: State, tmp_path: Path) -> None:
     change, expected = UNFIT_STATES[case]
@@ -293,7 +290,6 @@ def test_a_state_of_odd_shapes_is_refused(case: str, nano: State, tmp_path: Path
         checkpoint.extract(change(nano), tmp_path, **SOURCE)
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors refuses tensors that share memory")
 def test_tensors_that_share_memory_are_split_too(nano: State, tmp_path: Path) -> None:
     tied = nano | {NORM: nano["image_encoder.blocks.0.norm1.weight"]}
     card = checkpoint.extract(tied, tmp_path, **SOURCE)
@@ -301,7 +297,6 @@ def test_tensors_that_share_memory_are_split_too(nano: State, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"{}"])
-@pytest.mark.xfail(strict=True, reason="ModelCard.read lets the errors of json and of its own constructor through")
 def test_a_damaged_card_is_refused(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "model.json").write_bytes(content)

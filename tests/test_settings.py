@@ -231,3 +231,8 @@ def test_every_error_is_one_line_and_travels_by_pickle(kind: type[CellrayError])
 def test_kubernetes_service_links_are_no_settings() -> None:
     links = ("SERVE_SVC_SERVICE_HOST", "SERVE_SVC_SERVICE_PORT_HTTP", "HEAD_PORT", "HEAD_PORT_8000_TCP_ADDR")
     assert load(environ={f"CELLRAY_{name}": "tcp://10.0.0.1:8000" for name in links}) == load(environ={})
+
+
+def test_a_pixel_limit_above_pillows_own_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match="image_pixels"):
+        load(environ={"CELLRAY_LIMITS__IMAGE_PIXELS": "200000000"})

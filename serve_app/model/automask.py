@@ -25,9 +25,9 @@ def generate(decoder: Decoder, embedding: np.ndarray, original: Size, options: G
     prompts = Prompts(points=points, labels=np.ones(points.shape[:2], np.int32))
     decoders.check(decoder, DecodeRequest(embedding, original, prompts))
     parts = []
-    step = max(1, min(decoders.PROMPTS_A_CHUNK, decoders.PIXELS_A_CHUNK // (3 * original[0] * original[1])))
-    for start in range(0, len(points), step):
-        request = DecodeRequest(embedding, original, prompts.take(slice(start, start + step)), multimask=True)
+    size = decoders.step(decoder, original, decoder.card.architecture.mask_outputs)
+    for start in range(0, len(points), size):
+        request = DecodeRequest(embedding, original, prompts.take(slice(start, start + size)), multimask=True)
         logits, scores = decoder.logits(request)
         keep = torch.nonzero(scores.flatten() > options.pred_iou_thresh)[:, 0]
         if not len(keep):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cluster.errors import InvalidCheckpoint
@@ -28,6 +27,8 @@ from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
 State = dict[str, torch.Tensor]
 
 ENCODER, DECODER = "encoder", "decoder"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WOULD_RUN = ("Unsupported global", "Unsupported operand", "Unsupported class")  # torch's words for refused code
 PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder.": DECODER}
 
 
@@ -84,11 +85,16 @@ class ModelCard:
 
     @classmethod
     def read(cls, folder: Path) -> ModelCard:
-        values = json.loads((folder / "model.json").read_text())
-        sizes = values.pop("architecture")
-        sizes["global_blocks"] = tuple(sizes["global_blocks"])
-        values |= {key: tuple(values[key]) for key in ("pixel_mean", "pixel_std")}
-        return cls(architecture=Architecture(**sizes), **values)
+        """Raises InvalidCheckpoint where `folder` holds no split model."""
+        path = folder / "model.json"
+        try:
+            values = json.loads(path.read_text())
+            sizes = values.pop("architecture")
+            sizes["global_blocks"] = tuple(sizes["global_blocks"])
+            values |= {key: tuple(values[key]) for key in ("pixel_mean", "pixel_std")}
+            return cls(architecture=Architecture(**sizes), **values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidCheckpoint(f"{path} is missing or damaged: extract the checkpoint again") from error
 
 
 def read_state(path: Path) -> State:
@@ -98,33 +104,23 @@ def read_state(path: Path) -> State:
         InvalidCheckpoint: not a file of tensors, cut short, or a pickle that wants to run code.
     """
     advice = "expected a state dict saved by torch.save, or safetensors"
+    with path.open("rb") as file:
+        head = file.read(9)
     try:
-        if path.suffix == ".safetensors":
+        if head[8:] == b"{":  # eight bytes of length, then JSON: safetensors, whatever the file is called
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() and _is_pickle(path):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
+    except Exception as error:  # a damaged pickle can raise anything
+        pickled = head.startswith((b"\x80", b"PK\x03\x04"))
+        if pickled and isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in WOULD_RUN):
             raise InvalidCheckpoint(
                 f"{path.name} holds more than tensors and would run code when read: refused. {advice}"
             ) from error
-        raise InvalidCheckpoint(f"{path.name} is not a checkpoint: {advice}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise InvalidCheckpoint(f"{path.name} is not a checkpoint, or is cut short: {advice}") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    named = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
+    if not named or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise InvalidCheckpoint(f"{path.name} does not hold a flat mapping of names to tensors: {advice}")
     return dict(loaded)
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80" or _is_zip(path)
 
 
 def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
@@ -134,22 +130,27 @@ def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
         InvalidCheckpoint: the tensors are not those of a Segment Anything model: names the first that is missing.
     """
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, rank: int) -> torch.Size:
         if name not in state:
-            found = ", ".join(sorted({key.split(".")[0] for key in state})[:5]) or "nothing"
+            found = ", ".join(sorted({str(key).split(".")[0] for key in state})[:5]) or "nothing"
             raise InvalidCheckpoint(
                 f"the checkpoint is not a Segment Anything model: it lacks {name} (its top-level parts: {found})"
             )
-        return state[name].shape
+        found_shape = state[name].shape
+        if len(found_shape) != rank or 0 in found_shape:
+            raise InvalidCheckpoint(f"{name} has shape {list(found_shape)}, expected {rank} sizes above 0")
+        return found_shape
 
     def count(prefix: str) -> int:
         return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
+    if not all(isinstance(name, str) for name in state):
+        raise InvalidCheckpoint("the checkpoint has tensors whose name is no text")
     encoder, decoder = "image_encoder.", "mask_decoder."
-    width, _, patch, _ = shape(encoder + "patch_embed.proj.weight")
-    grid = shape(encoder + "pos_embed")[1]
-    depth = count(encoder + "blocks.")
-    tables = [shape(f"{encoder}blocks.{i}.attn.rel_pos_h") for i in range(depth)]  # [2 · side − 1, head width]
+    width, _, patch, _ = shape(encoder + "patch_embed.proj.weight", 4)
+    grid = shape(encoder + "pos_embed", 4)[1]
+    depth = count(encoder + "blocks.") or 1  # the first is missed by name below
+    tables = [shape(f"{encoder}blocks.{i}.attn.rel_pos_h", 2) for i in range(depth)]  # [2 · side − 1, head width]
     sides = [(table[0] + 1) // 2 for table in tables]
     global_blocks = tuple(i for i, side in enumerate(sides) if side == grid)
     windows = {side for side in sides if side != grid}
@@ -161,17 +162,19 @@ def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
         width=width,
         depth=depth,
         heads=width // tables[0][1],
-        mlp_width=shape(encoder + "blocks.0.mlp.lin1.weight")[0],
+        mlp_width=shape(encoder + "blocks.0.mlp.lin1.weight", 2)[0],
         window=windows.pop() if windows else 0,
         global_blocks=global_blocks,
-        channels=shape(encoder + "neck.0.weight")[0],
+        channels=shape(encoder + "neck.0.weight", 4)[0],
         decoder_depth=count(decoder + "transformer.layers."),
-        decoder_mlp_width=shape(decoder + "transformer.layers.0.mlp.lin1.weight")[0],
+        decoder_mlp_width=shape(decoder + "transformer.layers.0.mlp.lin1.weight", 2)[0],
         iou_head_depth=count(decoder + "iou_prediction_head.layers."),
-        iou_head_width=shape(decoder + "iou_prediction_head.layers.0.weight")[0],
-        mask_outputs=shape(decoder + "mask_tokens.weight")[0] - 1,
-        mask_channels=shape("prompt_encoder.mask_downscaling.3.weight")[0],
+        iou_head_width=shape(decoder + "iou_prediction_head.layers.0.weight", 2)[0],
+        mask_outputs=shape(decoder + "mask_tokens.weight", 2)[0] - 1,
+        mask_channels=shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
     )
+    if sizes.channels % (8 * sizes.decoder_heads):
+        raise InvalidCheckpoint(f"{encoder}neck.0.weight has {sizes.channels} channels, expected a multiple of 64")
     return next((name for name, known in ARCHITECTURES.items() if known == sizes), "custom"), sizes
 
 
@@ -183,12 +186,15 @@ def split(state: Mapping[str, torch.Tensor]) -> tuple[State, State]:
     """
     halves: dict[str, State] = {ENCODER: {}, DECODER: {}}
     strangers = []
+    memory: set[int] = set()
     for name, tensor in state.items():
         half = next((half for prefix, half in PREFIXES.items() if name.startswith(prefix)), None)
         if half is None:
             strangers.append(name)
         else:
-            halves[half][name] = tensor.contiguous()
+            shared = tensor.untyped_storage().data_ptr() in memory  # safetensors stores no tensor twice
+            halves[half][name] = tensor.clone() if shared else tensor.contiguous()
+            memory.add(halves[half][name].untyped_storage().data_ptr())
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise InvalidCheckpoint(
@@ -251,6 +257,8 @@ def _check(state: Mapping[str, torch.Tensor], sizes: Architecture) -> None:
             raise InvalidCheckpoint(
                 f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)} from the other tensors"
             )
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+            raise InvalidCheckpoint(f"{name} is {tensor.dtype} {tensor.layout}, expected plain floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise InvalidCheckpoint(f"{name} has values that are not finite")
 
@@ -277,7 +285,7 @@ def build_encoder(sizes: Architecture) -> torch.nn.Module:
         embed_dim=sizes.width,
         depth=sizes.depth,
         num_heads=sizes.heads,
-        mlp_ratio=sizes.mlp_width / sizes.width,
+        mlp_ratio=(sizes.mlp_width + 0.5) / sizes.width,  # it is multiplied by the width again, and cut off
         out_chans=sizes.channels,
         norm_layer=_layer_norm,
         use_rel_pos=True,
@@ -320,8 +328,9 @@ def seeded(name: str, seed: int) -> State:
     if name not in ARCHITECTURES:
         raise InvalidCheckpoint(f"{name!r} is no architecture; there are {', '.join(ARCHITECTURES)}")
     sizes = ARCHITECTURES[name]
-    modules = {"image_encoder.": build_encoder(sizes)}
-    modules |= dict(zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True))
+    with torch.device("meta"):  # names and shapes are all that is wanted of them
+        modules = {"image_encoder.": build_encoder(sizes)}
+        modules |= dict(zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True))
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for prefix, module in modules.items():

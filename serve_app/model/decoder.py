@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidSettings
+from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidInput, InvalidSettings
 from serve_app.model import checkpoint, masks, preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
@@ -18,7 +18,7 @@ from serve_app.model.prompts import DecodeRequest
 
 log = logging.getLogger(__name__)
 
-PROMPTS_A_CHUNK = 64  # bounds memory: each prompt costs about 20 MB inside segment_anything's decoder
+PROMPTS_A_CHUNK = 16  # bounds memory, about 20 MB a prompt inside segment_anything's decoder; more is slower on CPUs
 PIXELS_A_CHUNK = 64 << 20  # float32 logits held at original resolution: 256 MB
 MASK_THRESHOLD = 0.0  # logits
 STABILITY_OFFSET = 1.0  # logits; as SamAutomaticMaskGenerator
@@ -52,7 +52,7 @@ class ReferenceDecoder:
     @torch.inference_mode()
     def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
         size = self.card.architecture.image_size
-        embedding = torch.tensor(request.embedding, dtype=torch.float32, device=self.device)[None]
+        embedding = _tensor(request.embedding, self.device)[None]
 
         def scaled(coordinates: np.ndarray) -> torch.Tensor:
             inside = preprocess.to_input_coordinates(coordinates, request.original, size)
@@ -113,22 +113,34 @@ def segment(decoder: Decoder, requests: list[DecodeRequest]) -> list[MaskSet | C
 
 def check(decoder: Decoder, request: DecodeRequest) -> None:
     sizes = decoder.card.architecture
-    expected = (sizes.channels, sizes.grid, sizes.grid)
-    if request.embedding.shape != expected:
+    expected, embedding = (sizes.channels, sizes.grid, sizes.grid), request.embedding
+    if embedding.shape != expected:
         raise InvalidEmbedding(
-            f"expected an embedding of shape {list(expected)}, found {list(request.embedding.shape)}: "
+            f"expected an embedding of shape {list(expected)}, found {list(embedding.shape)}: "
             "was it made by another model?"
         )
+    if embedding.dtype not in (np.float16, np.float32) or not embedding.dtype.isnative:
+        raise InvalidEmbedding(f"expected a float16 or float32 embedding, found {embedding.dtype}")
+    if not np.isfinite(embedding).all():
+        raise InvalidEmbedding("the embedding has values that are not finite")
+    if not all(isinstance(side, int) and side > 0 for side in request.original):
+        raise InvalidInput(f"expected an image size (height, width) in pixels, found {request.original}")
     request.prompts.check(request.original)
+
+
+def step(decoder: Decoder, original: Size, outputs: int) -> int:
+    """Prompts decoded at a time, so that their masks at both resolutions on the way stay within PIXELS_A_CHUNK."""
+    pixels = max(original[0] * original[1], decoder.card.architecture.image_size**2)
+    return max(1, min(PROMPTS_A_CHUNK, PIXELS_A_CHUNK // (outputs * pixels)))
 
 
 def _segment_one(decoder: Decoder, request: DecodeRequest) -> MaskSet:
     channels = decoder.card.architecture.channels
     parts = []
     outputs = decoder.card.architecture.mask_outputs if request.multimask else 1
-    step = max(1, min(PROMPTS_A_CHUNK, PIXELS_A_CHUNK // (outputs * request.original[0] * request.original[1])))
-    for start in range(0, len(request.prompts), step):
-        prompts = request.prompts.take(slice(start, start + step))
+    size = step(decoder, request.original, outputs)
+    for start in range(0, len(request.prompts), size):
+        prompts = request.prompts.take(slice(start, start + size))
         logits, scores = decoder.logits(DecodeRequest(request.embedding, request.original, prompts, request.multimask))
         index = np.repeat(np.arange(start, start + len(prompts), dtype=np.int32), outputs)
         parts.append(to_masks(decoder, request, logits.flatten(0, 1), scores.flatten(), index))
@@ -174,9 +186,13 @@ def upscale(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tens
     return functional.interpolate(inner, original, mode="bilinear", align_corners=False)[0]
 
 
+def _tensor(embedding: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    return torch.tensor(np.ascontiguousarray(embedding), dtype=torch.float32, device=device)
+
+
 def _object_embeddings(request: DecodeRequest, logits: torch.Tensor, sizes: checkpoint.Architecture) -> np.ndarray:
     """[N, C] float32: the embedding's tokens weighed by the share of each that the mask covers, without padding."""
-    embedding = torch.tensor(request.embedding, dtype=torch.float32, device=logits.device)
+    embedding = _tensor(request.embedding, logits.device)
     height, width = preprocess.input_size(request.original, sizes.image_size)
     side = sizes.image_size // logits.shape[-1]  # input pixels a logit
     covered = (logits > MASK_THRESHOLD).float()

@@ -38,6 +38,7 @@ class ReferenceEncoder:
         state = checkpoint.load_half(folder, checkpoint.ENCODER, self.card)
         module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
         self.module = module.float().eval().to(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is meant: TF32 convolutions keep ten bits
 
     @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -63,11 +64,12 @@ def load(folder: Path, runtime: str = "reference", device: str = "cpu") -> Encod
 
 def check_device(device: str) -> str:
     """`auto` → `cuda` where there is a GPU, else `cpu`. Raises InvalidSettings for a device that is not there."""
-    available = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.startswith("cuda") and not available:
-        raise InvalidSettings(f"device {device!r} was asked for, but this process sees no GPU")
+        return "cuda" if gpus else "cpu"
+    there = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if device not in there:
+        raise InvalidSettings(f"no device {device!r} here; there are {', '.join(there)}")
     return device
 
 
@@ -109,10 +111,12 @@ def embed(encoder: Encoder, images: Sequence[np.ndarray], max_batch: int = 8) ->
 def _encode(encoder: Encoder, images: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
     try:
         embeddings = encoder.encode(images).half()
-    except RuntimeError:  # out of memory, mostly: one by one, so that good neighbours are answered
+    except RuntimeError:  # out of memory, mostly
+        log.exception(f"the encoder failed on a batch of {len(images)}")
+        embeddings = None
+    if embeddings is None:  # one by one, so that good neighbours are answered; here the failed batch's memory is free
         if len(images) > 1:
             return [answer for image in images for answer in _encode(encoder, [image])]
-        log.exception("the encoder failed")
         return [Internal("the encoder failed on this image; the replica's log has the cause")]
     finite = torch.isfinite(embeddings).flatten(1).all(1).tolist()
     answers = zip(embeddings.cpu().numpy(), finite, strict=True)

@@ -4,7 +4,8 @@ Pixels become RGB uint8 like this, and no other way:
 - EXIF rotation is applied; the first page of an animated or multi-page file is taken.
 - 8-bit grey becomes three equal channels; palettes and CMYK are converted by Pillow; alpha is laid over black.
 - 16- and 32-bit integers and floats are stretched so that their 0.1st percentile becomes 0 and their 99.9th 255,
-  over all channels together; what lies outside is clipped. (16-bit colour PNGs are read by Pillow as their high byte.)
+  over all channels together (their minimum and maximum where these are equal); what lies outside is clipped.
+  16-bit colour PNGs are read by Pillow as their high byte.
 - TIFFs of two channels become (first, second, black); of more than three, the first three.
 - The long side is resized to the model's input size with Pillow's bilinear filter, as segment_anything does.
 """
@@ -12,8 +13,10 @@ Pixels become RGB uint8 like this, and no other way:
 from __future__ import annotations
 
 import io
-import warnings
+import math
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,6 +31,10 @@ MAX_ASPECT = 1024  # beyond it the short side would vanish in a 1024 px input
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB in 0–255, as SAM was trained
 PIXEL_STD = (58.395, 57.12, 57.375)
+
+# TIFF tags and values (TIFF 6.0 and Adobe's registry).
+BITS_PER_SAMPLE, ORIENTATION, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 274, 277, 338, 339
+DEFLATES, LZMA = (8, 32946), 34925
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -56,13 +63,11 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     if not data:
         raise InvalidImage("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.width, image.height, max_pixels)
-                if image.format == "TIFF" and _is_scientific(image):
-                    return _decode_tiff(data, max_pixels)
-                return _to_rgb8(image)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, max_pixels)
+            if image.format == "TIFF" and not _pillow_keeps(image):
+                return _decode_tiff(data, max_pixels)
+            return _to_rgb8(image)
     except CellrayError:
         raise
     except UnidentifiedImageError as error:
@@ -84,35 +89,48 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise InvalidImage(f"the image has {width} × {height} pixels: longer than {MAX_ASPECT} times its short side")
 
 
-def _is_scientific(image: Image.Image) -> bool:
-    bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]  # TIFF tag BitsPerSample
-    return max(bits if isinstance(bits, tuple) else (bits,)) > 8
+def _pillow_keeps(image: Image.Image) -> bool:
+    """Whether Pillow reads a TIFF's samples whole: 8 bits with known channels, or one deep channel."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    samples, signed = tags.get(SAMPLES_PER_PIXEL, 1), 2 in _tuple(tags.get(SAMPLE_FORMAT, 1))
+    if max(_tuple(tags.get(BITS_PER_SAMPLE, 1))) > 8:
+        known = image.mode == "F" or (image.mode == "I" and signed)
+        swapped = tags.prefix == b"MM"  # Pillow swaps big-endian samples of 32 bits once too often when compressed
+        return samples == 1 and (image.mode.startswith("I;16") or (known and not swapped))
+    alpha = {1, 2} & {*_tuple(tags.get(EXTRA_SAMPLES, 0))}
+    return samples != 2 or bool(alpha)
+
+
+def _tuple(value: Any) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _to_rgb8(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _stretch(np.asarray(image)[..., None])
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+    if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return np.ascontiguousarray(np.asarray(image.convert("RGB")))
 
 
 def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
-    """The first page of a TIFF with more than 8 bits a sample, or with channels in planes."""
+    """The first page of a TIFF with several deep samples, with channels in planes, or of 64 bits."""
     import tifffile
 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages.first
+            if not isinstance(page.imagewidth, int) or not isinstance(page.imagelength, int):
+                raise InvalidImage("the TIFF's width or height is no number")
             _check_size(page.imagewidth, page.imagelength, max_pixels)
             if page.size > 4 * max_pixels:
                 raise TooLarge(f"the TIFF page has {page.size} samples; the limit is {4 * max_pixels}")
+            _check_strips(file, page)
             pixels = page.asarray()
             planar = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3
+            orientation = page.tags.get(ORIENTATION)
     except CellrayError:
         raise
     except Exception as error:
@@ -123,7 +141,30 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim != 3 or pixels.dtype.kind not in "buif":
         raise UnsupportedImage(f"a TIFF page of shape {pixels.shape} and type {pixels.dtype}")
-    return _stretch(pixels)
+    return _stretch(_upright(pixels, orientation.value if orientation is not None else 1))
+
+
+def _check_strips(file: Any, page: Any) -> None:
+    """No strip or tile inflates to more than its share of the page: tifffile would inflate it whole."""
+    if page.compression not in DEFLATES:
+        if page.compression == LZMA:
+            raise UnsupportedImage("a TIFF compressed with LZMA")
+        return
+    size = math.prod(page.chunks) * page.dtype.itemsize
+    for data, *_ in file.filehandle.read_segments(page.dataoffsets, page.databytecounts):
+        if data and len(zlib.decompressobj().decompress(data, size + 1)) > size:
+            raise InvalidImage(f"a strip of the TIFF holds more than its {size} bytes")
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[h, w, C] turned as TIFF's Orientation says (TIFF 6.0, page 36)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
 
 
 def _stretch(pixels: np.ndarray) -> np.ndarray:
@@ -134,6 +175,8 @@ def _stretch(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8:
         values: np.ndarray = pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32)
         low, high = np.percentile(values, STRETCH_PERCENTILES)
+        if high <= low:  # all but a few pixels are the same
+            low, high = values.min(), values.max()
         scale = 255.0 / (high - low) if high > low else 0.0
         pixels = np.clip((values - low) * scale + 0.5, 0, 255).astype(np.uint8)
     if pixels.shape[2] == 2:

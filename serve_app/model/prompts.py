@@ -97,6 +97,9 @@ class GridOptions:
     box_nms_thresh: float = 0.7
 
     def check(self) -> None:
+        thresholds = (self.pred_iou_thresh, self.stability_score_thresh, self.box_nms_thresh)
+        if any(np.isnan(thresholds)):
+            raise InvalidInput(f"a threshold is no number: {thresholds}")
         if not 1 <= self.points_per_side <= MAX_GRID:
             raise InvalidInput(f"a grid of {self.points_per_side} points a side; expected 1 to {MAX_GRID}")
 
