@@ -139,7 +139,7 @@ def _last_line(reasons: list[str]) -> str:
     """The line of a replica's traceback that says what went wrong."""
     lines = [line.strip() for reason in reasons for line in reason.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("cluster.errors.")]
-    return (ours or lines or ["no reason given"])[-1]
+    return (ours or lines or ["no reason given"])[-1].removeprefix("cluster.errors.")
 
 
 def _free_port(wanted: int) -> int:
