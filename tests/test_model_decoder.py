@@ -55,9 +55,10 @@ def sam(state: checkpoint.State) -> Sam:
     return weights_of_sam.filled("nano", state)
 
 
-@pytest.fixture(scope="module")
-def nano(folder: Path) -> Decoder:
-    return decoder.load(folder)
+@pytest.fixture(scope="module", params=["reference", "fast"])
+def nano(request: pytest.FixtureRequest, folder: Path) -> Decoder:
+    """Every test runs on both decoders."""
+    return decoder.load(folder, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +159,8 @@ def test_grids_that_are_refused(options: GridOptions, nano: Decoder, embedding: 
 
 def test_what_is_not_there(folder: Path) -> None:
     for module in (encoder, decoder):
-        with pytest.raises(InvalidSettings, match="no runtime 'fast'; there are reference"):
-            module.load(folder, runtime="fast")
+        with pytest.raises(InvalidSettings, match=r"no .*runtime 'slow'; there are reference"):
+            module.load(folder, runtime="slow")
     if not torch.cuda.is_available():
         with pytest.raises(InvalidSettings, match="no device 'cuda' here"):
             decoder.load(folder, device="cuda")
@@ -446,7 +447,9 @@ def test_automatic_masks_are_segment_anythings(
     planes, centres = ours.decode(), point_grid(6, SIZE)[:, 0]
     for index, expected in enumerate(theirs):  # both by descending predicted IoU
         assert masks.iou(planes[index], expected["segmentation"]) >= 0.99
-        assert ours.predicted_iou[index] == pytest.approx(expected["predicted_iou"], abs=1e-3)
+        assert ours.predicted_iou[index] == pytest.approx(
+            expected["predicted_iou"], abs=5e-3
+        )  # rounding alone moves these weights by 2e-3
         assert ours.stability[index] == pytest.approx(expected["stability_score"], abs=1e-2)
         assert centres[ours.prompt_index[index]] == pytest.approx(expected["point_coords"][0], rel=1e-6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,26 +46,18 @@ class ReferenceDecoder:
         for prefix, module in zip(("prompt_encoder.", "mask_decoder."), modules, strict=True):
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             module.load_state_dict(own, assign=True)
+        self.prompt_encoder: Any
+        self.mask_decoder: Any
         self.prompt_encoder, self.mask_decoder = (module.float().eval().to(device) for module in modules)
-        self.dense_pe = modules[0].get_dense_pe()  # type: ignore[operator]
+        self.dense_pe: torch.Tensor = self.prompt_encoder.get_dense_pe()
 
     @torch.inference_mode()
     def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.card.architecture.image_size
-        embedding = _tensor(request.embedding, self.device)[None]
-
-        def scaled(coordinates: np.ndarray) -> torch.Tensor:
-            inside = preprocess.to_input_coordinates(coordinates, request.original, size)
-            return torch.from_numpy(inside).to(self.device)
-
-        all_logits, all_scores = [], []
-        for start in range(0, len(request.prompts), PROMPTS_A_CHUNK):
-            chunk = request.prompts.take(slice(start, start + PROMPTS_A_CHUNK))
-            boxes = None if chunk.boxes is None else scaled(chunk.boxes.reshape(-1, 2, 2)).reshape(-1, 4)
-            points = None
-            if chunk.points is not None and chunk.labels is not None:
-                points = scaled(chunk.points), torch.tensor(chunk.labels, device=self.device)
-            sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=None)
+        embedding = self.image(request.embedding)
+        parts = []
+        for rows in chunks(len(request.prompts), PROMPTS_A_CHUNK):
+            sparse = self.sparse(request, rows)
+            dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(len(sparse), *embedding.shape[1:])
             logits, scores = self.mask_decoder(
                 image_embeddings=embedding,
                 image_pe=self.dense_pe,
@@ -73,21 +65,52 @@ class ReferenceDecoder:
                 dense_prompt_embeddings=dense,
                 multimask_output=request.multimask,
             )
-            all_logits.append(logits)
-            all_scores.append(scores)
-        return torch.cat(all_logits), torch.cat(all_scores)
+            parts.append((logits, scores))
+        return torch.cat([logits for logits, _ in parts]), torch.cat([scores for _, scores in parts])
+
+    def image(self, embedding: np.ndarray) -> torch.Tensor:
+        """[C, g, g] → [1, C, g, g] float32 on the device."""
+        return _tensor(embedding, self.device)[None]
+
+    def sparse(self, request: DecodeRequest, rows: slice) -> torch.Tensor:
+        """Some of a request's prompts → [N, tokens, C] float32, by segment_anything's prompt encoder."""
+        prompts = request.prompts.take(rows)
+
+        def scaled(coordinates: np.ndarray) -> torch.Tensor:
+            size = self.card.architecture.image_size
+            inside = preprocess.to_input_coordinates(coordinates, request.original, size)
+            return torch.from_numpy(inside).to(self.device)
+
+        boxes = None if prompts.boxes is None else scaled(prompts.boxes.reshape(-1, 2, 2)).reshape(-1, 4)
+        points = None
+        if prompts.points is not None and prompts.labels is not None:
+            points = scaled(prompts.points), torch.tensor(prompts.labels, device=self.device)
+        return self.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
 
 
-RUNTIMES = {"reference": ReferenceDecoder}
+def chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def load(folder: Path, runtime: str = "reference", device: str = "cpu") -> Decoder:
-    """The decoder of a split model; the encoder's weights are never read. Raises as encoder.load."""
-    from serve_app.model.encoder import check_device
+    """The decoder of a split model; the encoder's weights are never read.
 
-    if runtime not in RUNTIMES:
-        raise InvalidSettings(f"no runtime {runtime!r}; there are {', '.join(RUNTIMES)}")
-    return RUNTIMES[runtime](folder, check_device(device))
+    runtime: `reference`, `fast` (the same numbers, reordered), or `auto`: fast where the decoder has the two layers of
+    every published model.
+
+    Raises:
+        InvalidSettings: no such runtime, or a device that is not there.
+        InvalidCheckpoint: the folder holds no split model, or another one than its card says.
+    """
+    from serve_app.model.encoder import check_device
+    from serve_app.model.fast_decoder import FastDecoder
+
+    runtimes: dict[str, type[ReferenceDecoder]] = {"reference": ReferenceDecoder, "fast": FastDecoder}
+    if runtime == "auto":
+        runtime = "fast" if checkpoint.ModelCard.read(folder).architecture.decoder_depth == 2 else "reference"
+    if runtime not in runtimes:
+        raise InvalidSettings(f"no decoder runtime {runtime!r}; there are {', '.join(runtimes)}")
+    return runtimes[runtime](folder, check_device(device))
 
 
 def segment(decoder: Decoder, requests: list[DecodeRequest]) -> list[MaskSet | CellrayError]:
