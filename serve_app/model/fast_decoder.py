@@ -22,7 +22,8 @@ from torch.nn import functional
 from serve_app.model.decoder import ReferenceDecoder, chunks
 from serve_app.model.prompts import DecodeRequest
 
-CHUNK = {"cpu": 2, "cuda": 64}  # prompts at a time: on a CPU their image tokens (4 MB each) should stay in the cache
+GPU_CHUNK = 64  # prompts at a time
+CPU_CHUNK_BYTES = 4 << 20  # on a CPU the image tokens of a chunk should stay in the cache: one prompt of ViT-B
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class FastDecoder(ReferenceDecoder):
         self.to_tokens = [CrossAttention.of(layer.cross_attn_image_to_token) for layer in self.layers]
         self.final = CrossAttention.of(transformer.final_attn_token_to_image)
         self.position = self.dense_pe.flatten(2)[0].T.contiguous()  # [P, C]
-        self.chunk = CHUNK[device.split(":")[0]]
+        tokens = self.position.numel() * self.position.element_size()
+        self.chunk = GPU_CHUNK if device.startswith("cuda") else max(1, CPU_CHUNK_BYTES // tokens)
         first, self.norm, _, second, _ = self.mask_decoder.output_upscaling
         self.upscale_first = _as_linear(first)
         self.upscale_second = _as_linear(second)

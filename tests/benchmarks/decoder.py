@@ -46,9 +46,9 @@ def theirs(peer: ReferenceDecoder, asked: DecodeRequest, chunk: int) -> None:
         peer.mask_decoder(embedding, peer.prompt_encoder.get_dense_pe(), sparse, dense, asked.multimask)
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[..., object], *arguments: object) -> float:
     start = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - start
 
 
@@ -75,9 +75,9 @@ def main() -> None:
         ours.logits(few)
         pairs = []
         for _ in range(chosen.pairs if count <= 256 else 1):
-            own = timed(lambda: ours.logits(asked)) / count
-            batched = timed(lambda: theirs(peer, asked, chunk)) / count
-            single = timed(lambda: theirs(peer, few, 1)) / len(few.prompts)
+            own = timed(ours.logits, asked) / count
+            batched = timed(theirs, peer, asked, chunk) / count
+            single = timed(theirs, peer, few, 1) / len(few.prompts)
             pairs.append((own, batched, single))
         vs_batched = statistics.median(batched / own for own, batched, _ in pairs)
         vs_single = statistics.median(single / own for own, _, single in pairs)
