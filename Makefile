@@ -27,7 +27,7 @@ clean:
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=…"; exit 1; }
-	@echo "setting up .venv: about 6.5 GB, most of it PyTorch with CUDA; a few minutes …"
+	@echo "setting up .venv: about 7 GB, most of it PyTorch with CUDA; a few minutes …"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

@@ -93,7 +93,7 @@ def _tile(
         pixels = preprocess.decode(data, settings.limits.image_pixels)
     except CellrayError as problem:
         return Tile(None, name, f"{type(problem).__name__}: {problem}")
-    facts = f"{pixels.shape[1]} × {pixels.shape[0]}, {len(rows)} masks"
+    facts = f"{pixels.shape[1]} × {pixels.shape[0]}, {len(rows)} mask{'s' * (len(rows) != 1)}"
     return Tile(_draw(pixels, rows), name, facts)
 
 

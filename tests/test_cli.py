@@ -98,7 +98,7 @@ def test_show_draws_images_masks_and_errors(tmp_path: Path, capsys: pytest.Captu
         writer.commit()
     assert cli.main(["show", out, "--to", str(tmp_path / "sheet")]) == 0
     page = (tmp_path / "sheet" / "index.html").read_text()
-    assert "80 × 60, 1 masks" in page
+    assert "80 × 60, 1 mask" in page
     assert "cut short" in page
     assert "untrained" in page
     assert "<b>.png" not in page

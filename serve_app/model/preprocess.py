@@ -75,7 +75,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
             return _decode_tiff(data, max_pixels)
         raise UnsupportedImage(f"not an image of {', '.join(FORMATS)}, or its header is damaged") from error
     except Image.DecompressionBombError as error:
-        raise TooLarge(f"{error}; the limit is {max_pixels} pixels") from error
+        raise TooLarge(f"the image has more pixels than the limit of {max_pixels}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, zlib.error …
         raise InvalidImage(f"the image is damaged or cut short: {error}") from error
 
