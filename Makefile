@@ -21,6 +21,8 @@ lint: $(READY)
 
 bench: $(READY)  ## ratios against peers; each prints a table and one line of JSON
 	$(BIN)/python -m tests.benchmarks.job
+	$(BIN)/python -m tests.benchmarks.encoder
+	$(BIN)/python -m tests.benchmarks.decoder
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

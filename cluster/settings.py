@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
@@ -52,7 +52,9 @@ class ModelSettings(Frozen):
         None, pattern="^[0-9a-fA-F]{6,64}$", description="start of the file's sha256, at least 6 hex digits"
     )
     licence: str = "unknown"
-    runtime: str = Field("reference", description="how the encoder and decoder are computed")
+    runtime: Literal["auto", "reference", "openvino"] = Field(
+        "auto", description="auto: the fastest that is installed, in float32; reference: segment_anything's own modules"
+    )
 
 
 DEFAULT_MODELS: dict[str, dict[str, str]] = {

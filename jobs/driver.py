@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from cluster import settings as settings_module
 from cluster.errors import CellrayError, InvalidInput
+from cluster.memory import private_mb
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
-from cluster.telemetry import configure_logging, private_mb
+from cluster.telemetry import configure_logging
 from jobs.plan import DEFAULT_SHARD_IMAGES, Plan
 from jobs.shards import Progress, run
 from serve_app import dataset

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import ray
 
+from cluster import memory
 from cluster.errors import CellrayError
 from cluster.settings import Settings
 from cluster.storage import File, Storage
-from cluster.telemetry import steady_memory
 from jobs import driver, images, replicas
 from jobs.driver import Job
 from jobs.images import ReadImage
@@ -77,7 +77,7 @@ def _shard(
     index: int,
     files: Sequence[File],
 ) -> Iterator[Progress]:
-    steady_memory()
+    memory.give_back()
     storage, progress = Storage(settings.storage), Progress(index)
     encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
 

@@ -13,10 +13,10 @@ from typing import cast
 import numpy as np
 import ray
 
+from cluster import memory
 from cluster.errors import CellrayError, InvalidInput, NotFound
 from cluster.settings import Settings
 from cluster.storage import File, Storage, absolute
-from cluster.telemetry import steady_memory
 from jobs import driver, images, prompts, replicas
 from jobs.driver import Job
 from jobs.embed import embedding
@@ -232,7 +232,7 @@ def _shard(
     index: int,
     sources: Sequence[Source],
 ) -> Iterator[Progress]:
-    steady_memory()
+    memory.give_back()
     progress = Progress(index)
     segmenter = _Segmenter(settings, info, options)
     held = 3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape))

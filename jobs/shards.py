@@ -17,8 +17,8 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import CellrayError, Internal, Unavailable
+from cluster.memory import private_mb
 from cluster.settings import MIB
-from cluster.telemetry import private_mb
 from serve_app.service import foreign
 
 Source = TypeVar("Source")

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster import memory
 from cluster.errors import CellrayError, Internal
 from cluster.settings import Settings
 from serve_app import ingress, models
@@ -47,9 +48,10 @@ def _count(calls: list[list[Any]]) -> int:
 
 
 def _use_cores() -> None:
-    """Ray gives a replica without reserved CPUs one thread; such a one may use the whole node."""
+    """Ray gives a replica without reserved CPUs one thread; such a one may use the whole node. Memory stays with it."""
     reserved = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
     torch.set_num_threads(reserved or len(os.sched_getaffinity(0)))
+    memory.keep()
 
 
 class EncoderReplica:
@@ -59,12 +61,14 @@ class EncoderReplica:
         started = time.perf_counter()
         _use_cores()
         model = models.find(settings, name)
-        self.encoder = encoder.load(models.prepare(settings, name), model.runtime, "auto")
-        self.model_info = models.describe(name, self.encoder.card, model.runtime, encoder.check_device("auto"))
+        device = encoder.check_device("auto")
+        self.encoder = encoder.load(models.prepare(settings, name), model.runtime, device)
+        self.model_info = models.describe(name, self.encoder.card, self.encoder.runtime, device)
         size = self.encoder.card.architecture.image_size
         encoder.embed(self.encoder, [np.zeros((size, size, 3), np.uint8)])  # ready means: has answered once
         seconds = time.perf_counter() - started
-        log.info(f"encoder {name}: {model.runtime} float32 on {self.model_info.device}, ready in {seconds:.1f} s")
+        _, why = encoder.choose(model.runtime, device)
+        log.info(f"encoder {name}: {self.encoder.runtime} ({why}), ready in {seconds:.1f} s")
 
     def info(self) -> ModelInfo:
         return self.model_info
@@ -90,12 +94,13 @@ class DecoderReplica:
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
         model = models.find(settings, name)
-        self.decoder = decoder.load(models.prepare(settings, name), model.runtime, "auto")
-        self.model_info = models.describe(name, self.decoder.card, model.runtime, encoder.check_device("auto"))
+        runtime = "reference" if model.runtime == "reference" else "auto"  # the other names are the encoder's
+        self.decoder = decoder.load(models.prepare(settings, name), runtime, "auto")
+        self.model_info = models.describe(name, self.decoder.card, self.decoder.runtime, encoder.check_device("auto"))
         embedding = np.zeros(self.model_info.embedding_shape, np.float16)
         warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
         decoder.segment(self.decoder, [DecodeRequest(embedding, (16, 16), warm_up)])
-        log.info(f"decoder {name}: {model.runtime} float32 on {self.model_info.device}, ready")
+        log.info(f"decoder {name}: {self.decoder.runtime} on {self.model_info.device}, ready")
 
     def info(self) -> ModelInfo:
         return self.model_info

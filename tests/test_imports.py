@@ -36,7 +36,9 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def test_the_model_imports_where_ray_is_not_installed() -> None:
     """In a fresh process in which none of them can be imported."""
-    blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in NOT_IN_MODEL | {"tifffile", "torchvision"})
+    blocked = "\n".join(
+        f"sys.modules[{name!r}] = None" for name in NOT_IN_MODEL | {"openvino", "tifffile", "torchvision"}
+    )
     modules = ", ".join(path.stem for path in (ROOT / "serve_app/model").glob("[!_]*.py"))
     code = f"import sys\n{blocked}\nfrom serve_app.model import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

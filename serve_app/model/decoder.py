@@ -28,6 +28,7 @@ class Decoder(Protocol):
     """What every runtime offers. Stateless."""
 
     card: checkpoint.ModelCard
+    runtime: str
 
     def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
         """N prompts → ([N, M, 4g, 4g] float32 logits of the padded input, [N, M] predicted IoU); M is 1 or 3."""
@@ -36,6 +37,8 @@ class Decoder(Protocol):
 
 class ReferenceDecoder:
     """segment_anything's PromptEncoder and MaskDecoder in float32."""
+
+    runtime = "reference float32"
 
     def __init__(self, folder: Path, device: str) -> None:
         self.card = checkpoint.ModelCard.read(folder)

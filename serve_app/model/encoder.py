@@ -1,9 +1,11 @@
-"""The image encoder: pixels → embeddings. One interface; `reference` is segment_anything's own module."""
+"""The image encoder: pixels → embeddings. One interface; `reference` is segment_anything's own module, faster runtimes
+stand beside it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +23,7 @@ class Encoder(Protocol):
     """What every runtime offers. Stateless: an answer depends on the call's images and the weights alone."""
 
     card: checkpoint.ModelCard
+    runtime: str  # what runs, for people: "openvino float32 on cpu"
 
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """B images [h, w, 3] uint8 RGB, long side = input size S → [B, 256, S/patch, S/patch] float32."""
@@ -30,8 +33,11 @@ class Encoder(Protocol):
 class ReferenceEncoder:
     """segment_anything's ImageEncoderViT in float32, fed one batch at a time."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
+        if dtype != "float32":
+            raise InvalidSettings(f"runtime 'reference' computes in float32, not {dtype}; 'openvino' offers bfloat16")
         self.card = checkpoint.ModelCard.read(folder)
+        self.runtime = f"reference float32 on {device}"
         self.device = device
         with torch.device("meta"):
             module = checkpoint.build_encoder(self.card.architecture)
@@ -48,18 +54,44 @@ class ReferenceEncoder:
         return self.module(batch)
 
 
-RUNTIMES = {"reference": ReferenceEncoder}
+def _openvino(folder: Path, device: str, dtype: str) -> Encoder:
+    from serve_app.model.openvino import OpenVINOEncoder  # it imports this module
+
+    return OpenVINOEncoder(folder, device, dtype)
 
 
-def load(folder: Path, runtime: str = "reference", device: str = "cpu") -> Encoder:
-    """The encoder of a split model; the decoder's weights are never read.
+RUNTIMES: dict[str, Callable[[Path, str, str], Encoder]] = {"reference": ReferenceEncoder, "openvino": _openvino}
+DTYPES = ("float32", "bfloat16")
+
+
+def load(folder: Path, runtime: str = "reference", device: str = "cpu", dtype: str = "float32") -> Encoder:
+    """The encoder of a split model; the decoder's weights are never read. `dtype` is what products are computed in.
 
     Raises:
-        InvalidSettings: no such runtime, or a device that is not there.
+        InvalidSettings: no such runtime or dtype, a device that is not there, or a runtime that cannot use them.
     """
-    if runtime not in RUNTIMES:
-        raise InvalidSettings(f"no runtime {runtime!r}; there are {', '.join(RUNTIMES)}")
-    return RUNTIMES[runtime](folder, check_device(device))
+    device = check_device(device)
+    if dtype not in DTYPES:
+        raise InvalidSettings(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    name, _ = choose(runtime, device)
+    return RUNTIMES[name](folder, device, dtype)
+
+
+def choose(runtime: str, device: str) -> tuple[str, str]:
+    """(name of a runtime, why that one). `auto` is OpenVINO on a CPU where it is installed, else the reference.
+
+    Raises:
+        InvalidSettings: no such runtime.
+    """
+    if runtime in RUNTIMES:
+        return runtime, "as set"
+    if runtime != "auto":
+        raise InvalidSettings(f"no runtime {runtime!r}; there are auto, {', '.join(RUNTIMES)}")
+    if device != "cpu":
+        return "reference", "auto: there is a GPU"
+    if find_spec("openvino") is None:
+        return "reference", "auto: OpenVINO is not installed"
+    return "openvino", "auto: OpenVINO is the fastest on a CPU"
 
 
 def check_device(device: str) -> str:

@@ -23,7 +23,7 @@ from serve_app.model.decoder import ReferenceDecoder, chunks
 from serve_app.model.prompts import DecodeRequest
 
 GPU_CHUNK = 64  # prompts at a time
-CPU_CHUNK_BYTES = 4 << 20  # on a CPU the image tokens of a chunk should stay in the cache: one prompt of ViT-B
+CPU_CHUNK_BYTES = 32 << 20  # on a CPU the image tokens of a chunk: eight prompts of ViT-B
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class CrossAttention:
 
 class FastDecoder(ReferenceDecoder):
     """The reference's weights in float32, computed as above. Two layers, as every published model has."""
+
+    runtime = "fast float32"
 
     def __init__(self, folder: Path, device: str) -> None:
         super().__init__(folder, device)

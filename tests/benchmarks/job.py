@@ -47,7 +47,7 @@ def write_images(folder: Path, count: int) -> None:
 
 def bare_rate(folder: Path) -> float:
     """Images a second of the encoder alone, in this process, pixels at hand."""
-    bare = encoder.load(models.prepare(settings.load(), MODEL))
+    bare = encoder.load(models.prepare(settings.load(), MODEL), "auto")
     size = bare.card.architecture.image_size
     paths = sorted(folder.iterdir())[:BARE_IMAGES]
     pixels = [preprocess.resize(preprocess.decode(path.read_bytes(), 10**8), size).pixels for path in paths]

@@ -1,0 +1,148 @@
+"""The image encoder by OpenVINO, for CPUs: segment_anything's own module, converted once, then compiled.
+
+The converted model is kept beside the split weights, named by their sha256 and OpenVINO's version, so that a second
+process neither reads the torch weights nor converts. One file serves both precisions; compiling takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.errors import InvalidSettings
+from serve_app.model import checkpoint
+from serve_app.model.encoder import normalise
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OpenVINOEncoder:
+    """ImageEncoderViT in float32, or with its products in bfloat16, on as many threads as torch has when it is made.
+
+    Images go through one at a time: larger batches are no faster on a CPU, and a batch of one bounds memory. An answer
+    does not depend on its neighbours, not in the last bit.
+
+    Raises:
+        InvalidSettings: OpenVINO is not installed, the device is no CPU, or the CPU has no bfloat16 arithmetic.
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
+        if device != "cpu":
+            raise InvalidSettings(f"runtime 'openvino' runs on a CPU, not on {device!r}")
+        core = _core()
+        if dtype == "bfloat16" and not supports_bfloat16(core):
+            raise InvalidSettings("dtype 'bfloat16' needs a processor with AVX512-BF16 or AMX; use 'float32' here")
+        self.card = checkpoint.ModelCard.read(folder)
+        self.runtime = f"openvino {dtype} on cpu"
+        hints = {
+            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        self.request = core.compile_model(_converted(core, folder, self.card), "CPU", hints).create_infer_request()
+        self.lock = threading.Lock()  # a request holds one image's buffers
+
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """B images [h, w, 3] uint8 RGB, long side = input size S → [B, 256, S/patch, S/patch] float32."""
+        card, sizes = self.card, self.card.architecture
+        answers = torch.empty(len(images), sizes.channels, sizes.grid, sizes.grid)
+        for image, answer in zip(images, answers, strict=True):
+            pixels = normalise([image], sizes.image_size, card.pixel_mean, card.pixel_std).numpy()
+            with self.lock:  # the output is the request's own memory: copied before the next run
+                found = self.request.infer([pixels], share_inputs=True, share_outputs=True)[0]
+                answer.copy_(torch.from_numpy(found[0]))
+        return answers
+
+
+def supports_bfloat16(core: Any = None) -> bool:
+    """Whether the processor multiplies in bfloat16; without that it is many times slower than float32."""
+    return "BF16" in (core or _core()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _core() -> Any:
+    silent = "openvino_telemetry" not in sys.modules
+    if silent:  # the converter would send usage statistics unasked; where the package is missing it does not
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except ImportError as error:
+        raise InvalidSettings("runtime 'openvino' is not installed: pip install 'cellray[cpu]'") from error
+    finally:
+        if silent:
+            del sys.modules["openvino_telemetry"]
+    return openvino.Core()
+
+
+def _converted(core: Any, folder: Path, card: checkpoint.ModelCard) -> Any:
+    """The model [1, 3, S, S] float32, normalised → [1, 256, g, g] float32, kept in `folder` where that is writable."""
+    kept = folder / f"openvino-{version('openvino')}-{card.encoder_sha256[:16]}"
+    if (kept / "sha256").exists():
+        with contextlib.suppress(OSError, RuntimeError):
+            if (kept / "sha256").read_text() == _digest(kept):
+                return core.read_model(kept / "encoder.xml")
+        log.warning(f"{kept} is damaged: converting again")
+        shutil.rmtree(kept, ignore_errors=True)
+    model = convert(folder, card)
+    try:
+        _keep(model, kept)
+    except (OSError, RuntimeError) as error:
+        log.warning(f"the converted encoder is not kept, each start converts again: {error}")
+        return model
+    return core.read_model(kept / "encoder.xml")  # maps the file; torch's weights are freed
+
+
+def convert(folder: Path, card: checkpoint.ModelCard) -> Any:
+    """segment_anything's module with the split weights → an OpenVINO model of static shape."""
+    import openvino
+
+    size = card.architecture.image_size
+    with torch.device("meta"):
+        module = checkpoint.build_encoder(card.architecture)
+    state = checkpoint.load_half(folder, checkpoint.ENCODER, card)
+    module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
+    pixels = torch.zeros(1, 3, size, size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tracing: the shapes are static, so its branches are
+        traced = torch.jit.trace(module.float().eval(), pixels, check_trace=False)  # checking runs it four times more
+        return openvino.convert_model(traced, example_input=pixels, input=list(pixels.shape))
+
+
+def _keep(model: Any, kept: Path) -> None:
+    """Publish whole, as a folder that is renamed; where another process was first, its copy stands."""
+    import openvino
+
+    temporary = Path(tempfile.mkdtemp(prefix=".openvino-", dir=kept.parent))
+    try:
+        openvino.save_model(model, temporary / "encoder.xml", compress_to_fp16=False)
+        (temporary / "sha256").write_text(_digest(temporary))
+        temporary.chmod(0o755)
+        with contextlib.suppress(OSError):
+            os.rename(temporary, kept)
+        if not (kept / "sha256").exists():
+            raise OSError(f"{kept} cannot be written")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digest(folder: Path) -> str:
+    digests = []
+    for name in ("encoder.xml", "encoder.bin"):
+        with (folder / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return "\n".join(digests)
