@@ -177,7 +177,7 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidSettings, match="no runtime 'onnx'; there are auto, reference, openvino"):
         encoder.load(folder, "onnx")
 
-    with pytest.raises(InvalidSettings, match="models.nano.runtime"):
+    with pytest.raises(InvalidSettings, match=r"models\.nano\.runtime"):
         settings.load(environ={}, models={"nano": {"runtime": "onnx"}})
 
     class Old:
