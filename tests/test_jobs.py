@@ -67,7 +67,7 @@ def test_three_readers_see_what_the_model_computed(app: App, embedded: str, samp
     folder = models.prepare(settings.load(app.config), "nano")
     path = sample_images / "ihc_rgb.png"
     pixels = preprocess.resize(preprocess.decode(path.read_bytes(), 10**8), 256).pixels
-    (expected,) = encoder.embed(encoder.load(folder), [pixels])
+    (expected,) = encoder.embed(encoder.load(folder, "reference"), [pixels])
     pattern = f"{embedded}/embeddings/*.parquet"
     rows = [
         duckdb.sql(f"SELECT * FROM '{pattern}' WHERE image_uri = '{path}'").fetchdf().to_dict("records"),
@@ -162,10 +162,10 @@ def test_segments_prompts_as_the_model_does(
 
     folder = models.prepare(settings.load(app.config), "nano")
     image = preprocess.resize(preprocess.decode((sample_images / "ihc_rgb.png").read_bytes(), 10**8), 256)
-    (array,) = encoder.embed(encoder.load(folder), [image.pixels])
+    (array,) = encoder.embed(encoder.load(folder, "auto"), [image.pixels])
     assert isinstance(array, np.ndarray)
     boxes = Prompts(boxes=np.array([[10, 20, 200, 220], [200, 200, 500, 512]], np.float32))
-    (expected,) = decoder.segment(decoder.load(folder), [DecodeRequest(array, image.original, boxes)])
+    (expected,) = decoder.segment(decoder.load(folder, "auto"), [DecodeRequest(array, image.original, boxes)])
     assert isinstance(expected, masks.MaskSet)
     got = masks.decode([row["segmentation"]["counts"] for row in rows[1:]], image.original)
     assert min(map(masks.iou, got, expected.decode())) > 0.98  # float16 embeddings from batches of other sizes

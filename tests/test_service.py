@@ -50,7 +50,7 @@ def test_says_what_it_serves(http: httpx.Client) -> None:
 
 
 def test_embeds_as_the_model_does(http: httpx.Client, image: bytes, folder: Path) -> None:
-    local = encoder.load(folder)
+    local = encoder.load(folder, "reference")
     pixels = preprocess.resize(preprocess.decode(image, 10**8), 256).pixels
     (expected,) = encoder.embed(local, [pixels])
     raw = http.post("/v1/embed", content=image, headers={"content-type": "image/png"})
@@ -86,7 +86,7 @@ def test_segments_as_the_model_does(
     embedded = http.post("/v1/embed", content=image)
     embedding = np.frombuffer(embedded.content, "<f2").reshape(256, 32, 32)
     (expected,) = decoder.segment(
-        decoder.load(folder), [DecodeRequest(embedding, (400, 600), prompts, multimask=outputs == 3)]
+        decoder.load(folder, "auto"), [DecodeRequest(embedding, (400, 600), prompts, multimask=outputs == 3)]
     )
     assert isinstance(expected, masks.MaskSet)
 
