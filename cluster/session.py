@@ -6,11 +6,13 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import InvalidSettings, NotFound, Unavailable
@@ -73,6 +75,8 @@ def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Ses
     import ray
     from ray import serve
 
+    # `ray job submit -- python …` shall find this Python, whether or not its environment is activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     folder = tempfile.mkdtemp(prefix="cellray-", dir="/tmp")  # short: Ray's socket paths may have 107 bytes
     http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **(config.get("http_options") or {})}
     http["port"] = _free_port(http["port"])

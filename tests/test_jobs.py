@@ -180,7 +180,7 @@ def test_a_job_on_s3_through_ray_job_submit(app: App, sample_images: Path) -> No
         s3.put_file(sample_images / name, f"plates/in/{name}")
     ray = Path(sys.executable).with_name("ray")
     for job, extra in (("embed", []), ("segment", ["--embeddings", "s3://plates/out", *GRID])):
-        words = [sys.executable, "-m", f"jobs.{job}", "s3://plates/in", "s3://plates/out", "--model", "nano"]
+        words = ["python", "-m", f"jobs.{job}", "s3://plates/in", "s3://plates/out", "--model", "nano"]
         words += ["--config", app.config, "--max-error-rate", "0.5", *extra]
         done = subprocess.run(
             [ray, "job", "submit", "--address", app.dashboard, "--", *words],
