@@ -425,7 +425,7 @@ def test_grid_is_segment_anythings(side: int) -> None:
 
 OPTIONS = {
     "all but empty ones": GridOptions(6, -1e9, 1e-9, 0.9),
-    "few": GridOptions(6, 0.01, 0.1, 0.5),
+    "few": GridOptions(6, 0.01, 0.05, 0.85),
 }
 
 
@@ -447,9 +447,7 @@ def test_automatic_masks_are_segment_anythings(
     planes, centres = ours.decode(), point_grid(6, SIZE)[:, 0]
     for index, expected in enumerate(theirs):  # both by descending predicted IoU
         assert masks.iou(planes[index], expected["segmentation"]) >= 0.99
-        assert ours.predicted_iou[index] == pytest.approx(
-            expected["predicted_iou"], abs=5e-3
-        )  # rounding alone moves these weights by 2e-3
+        assert ours.predicted_iou[index] == pytest.approx(expected["predicted_iou"], abs=1e-3)
         assert ours.stability[index] == pytest.approx(expected["stability_score"], abs=1e-2)
         assert centres[ours.prompt_index[index]] == pytest.approx(expected["point_coords"][0], rel=1e-6)
 

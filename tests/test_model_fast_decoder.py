@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -19,30 +18,13 @@ Both = tuple[ReferenceDecoder, FastDecoder]
 
 SIZE = (300, 420)
 TOLERANCE = 1e-5
-SLACK = 2  # times the reference's own rounding: with every parameter random, 1e-5 is below what float32 can hold
-
-
-def tempered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With attention in the decoder that is not so sharp that rounding is magnified: as they are drawn, the reference
-    differs from itself by 1e-3 when prompts come in other batches."""
-    return {name: 0.1 * x if ".q_proj." in name and "mask_decoder" in name else x for name, x in state.items()}
-
-
-@torch.inference_mode()
-def exact(reference: ReferenceDecoder, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's logits and scores in float64, all prompts in one call."""
-    embedding, sparse = reference.image(request.embedding), reference.sparse(request, slice(None))
-    dense = reference.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(len(sparse), *embedding.shape[1:])
-    module = copy.deepcopy(reference.mask_decoder).double()
-    inputs = (embedding, reference.dense_pe, sparse, dense)
-    return module(*(tensor.double() for tensor in inputs), request.multimask)
 
 
 @pytest.fixture(scope="module", params=["nano", "sam_vit_b"])
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ReferenceDecoder, FastDecoder]:
-    folder = extracted(tempered(checkpoint.seeded(request.param, 5)), tmp_path_factory.mktemp(request.param))
+    folder = extracted(checkpoint.seeded(request.param, 5), tmp_path_factory.mktemp(request.param))
     return ReferenceDecoder(folder, "cpu"), FastDecoder(folder, "cpu")
 
 
@@ -63,11 +45,9 @@ def asked(kind: str, number: int, grid: int, multimask: bool) -> DecodeRequest:
 def test_the_same_numbers(both: Both, kind: str, number: int, multimask: bool) -> None:
     reference, fast = both
     request = asked(kind, number, reference.card.architecture.grid, multimask)
-    for ours, theirs, true in zip(
-        fast.logits(request), reference.logits(request), exact(reference, request), strict=True
-    ):
+    for ours, theirs in zip(fast.logits(request), reference.logits(request), strict=True):
         assert ours.shape == theirs.shape
-        assert relative(ours, true) < max(TOLERANCE, SLACK * relative(theirs, true))
+        assert relative(ours, theirs) <= TOLERANCE or (ours - theirs).abs().max() <= 1e-6  # a single score near zero
 
 
 def test_position_counts(both: Both) -> None:

@@ -25,17 +25,10 @@ from serve_app.model import openvino as runtime  # noqa: E402
 from serve_app.model.openvino import OpenVINOEncoder  # noqa: E402
 
 TOLERANCE = 1e-5
-SLACK = 1.5  # times the reference's own rounding: as `seeded` draws them, 1e-5 is below what float32 can hold
 COSINE_SLACK = 2e-3
 SIZE = 256
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 arithmetic")
-
-
-def tempered(seed: int) -> checkpoint.State:
-    """Every parameter random, but attention not so sharp that float32's rounding is magnified above 1e-5."""
-    state = checkpoint.seeded("nano", seed)
-    return {name: x / 3 if ".attn.qkv.weight" in name else x for name, x in state.items()}
 
 
 def images(number: int) -> list[np.ndarray]:
@@ -60,38 +53,25 @@ def token_cosines(ours: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return extracted(checkpoint.seeded("nano", 5), tmp_path_factory.mktemp("sharp"))
+    return extracted(checkpoint.seeded("nano", 5), tmp_path_factory.mktemp("nano"))
 
 
 @pytest.fixture(scope="module")
-def sharp(folder: Path) -> tuple[ReferenceEncoder, OpenVINOEncoder]:
-    return ReferenceEncoder(folder, "cpu"), OpenVINOEncoder(folder, "cpu")
-
-
-@pytest.fixture(scope="module")
-def mild(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReferenceEncoder, OpenVINOEncoder]:
-    folder = extracted(tempered(5), tmp_path_factory.mktemp("mild"))
+def both(folder: Path) -> tuple[ReferenceEncoder, OpenVINOEncoder]:
     return ReferenceEncoder(folder, "cpu"), OpenVINOEncoder(folder, "cpu")
 
 
 @pytest.mark.parametrize("number", [1, 3, 9])
-def test_the_same_numbers(mild: tuple[ReferenceEncoder, OpenVINOEncoder], number: int) -> None:
-    reference, ours = mild
+def test_the_same_numbers(both: tuple[ReferenceEncoder, OpenVINOEncoder], number: int) -> None:
+    reference, ours = both
     expected, found = reference.encode(images(number)), ours.encode(images(number))
     assert found.dtype == torch.float32
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other) <= TOLERANCE
 
 
-def test_as_near_the_truth_as_the_reference(sharp: tuple[ReferenceEncoder, OpenVINOEncoder]) -> None:
-    """With sharp attention the reference itself is further from float64 than 1e-5; ours may be no further."""
-    reference, ours = sharp
-    true = exact(reference, images(3))
-    assert relative(ours.encode(images(3)), true) <= max(TOLERANCE, SLACK * relative(reference.encode(images(3)), true))
-
-
-def test_a_neighbour_changes_no_bit(sharp: tuple[ReferenceEncoder, OpenVINOEncoder]) -> None:
-    _, ours = sharp
+def test_a_neighbour_changes_no_bit(both: tuple[ReferenceEncoder, OpenVINOEncoder]) -> None:
+    _, ours = both
     batch = ours.encode(images(4))
     for image, embedding in zip(images(4), batch, strict=True):
         assert torch.equal(ours.encode([image])[0], embedding)
@@ -99,9 +79,9 @@ def test_a_neighbour_changes_no_bit(sharp: tuple[ReferenceEncoder, OpenVINOEncod
 
 
 @pytest.mark.parametrize("table", ["rel_pos_h", "rel_pos_w", "pos_embed"])
-def test_position_counts(mild: tuple[ReferenceEncoder, OpenVINOEncoder], table: str) -> None:
+def test_position_counts(both: tuple[ReferenceEncoder, OpenVINOEncoder], table: str) -> None:
     """The tolerance is one that an encoder without one of the position tables would not meet."""
-    reference, ours = mild
+    reference, ours = both
     without = copy.deepcopy(reference)
     for name, parameter in without.module.named_parameters():
         if name.endswith(table):
@@ -110,8 +90,8 @@ def test_position_counts(mild: tuple[ReferenceEncoder, OpenVINOEncoder], table: 
 
 
 @needs_bf16
-def test_bfloat16_is_no_worse_than_that_of_torch(folder: Path, sharp: tuple[ReferenceEncoder, OpenVINOEncoder]) -> None:
-    reference, ours = sharp[0], OpenVINOEncoder(folder, "cpu", "bfloat16")
+def test_bfloat16_is_no_worse_than_that_of_torch(folder: Path, both: tuple[ReferenceEncoder, OpenVINOEncoder]) -> None:
+    reference, ours = both[0], OpenVINOEncoder(folder, "cpu", "bfloat16")
     assert ours.runtime == "openvino bfloat16 on cpu"
     true = exact(reference, images(6))
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +112,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
         return convert(folder, card)
 
     monkeypatch.setattr(runtime, "convert", counted)
-    extracted(tempered(1), tmp_path)
+    extracted(checkpoint.seeded("nano", 1), tmp_path)
     first = OpenVINOEncoder(tmp_path, "cpu").encode(images(1))
     (tmp_path / "encoder.safetensors").unlink()  # not read a second time
     assert torch.equal(OpenVINOEncoder(tmp_path, "cpu").encode(images(1)), first)
@@ -141,7 +121,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     assert sorted(path.name for path in kept.iterdir()) == ["encoder.bin", "encoder.xml", "sha256"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
-    extracted(tempered(1), tmp_path)
+    extracted(checkpoint.seeded("nano", 1), tmp_path)
     with (kept / "encoder.bin").open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
@@ -154,7 +134,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
 def test_a_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extracted(tempered(2), tmp_path)
+    extracted(checkpoint.seeded("nano", 2), tmp_path)
 
     def refuse(**_: Any) -> str:
         raise PermissionError("read-only")

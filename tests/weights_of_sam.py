@@ -65,14 +65,18 @@ def smooth_nano(seed: int) -> State:
     mix = torch.randn(192, len(waves), generator=generator)
     state["image_encoder.pos_embed"] = (mix @ waves.flatten(1)).view(1, 192, 32, 32).permute(0, 2, 3, 1).contiguous()
     for name, tensor in state.items():
+        if "cross_attn" in name or "final_attn" in name:  # so that prompts make a difference
+            state[name] = tensor * (5 if name.endswith(("v_proj.weight", "out_proj.weight")) else 2)
+        elif name.startswith("mask_decoder.") and tensor.dim() > 1 and "token" not in name:
+            state[name] = 3**0.5 * tensor
         if name.startswith("image_encoder.blocks.") and name.endswith(("attn.proj.weight", "mlp.lin2.weight")):
             state[name] = 0.05 * tensor
         elif "patch_embed.proj.weight" in name or name.endswith("gaussian_matrix"):
             state[name] = 0.2 * tensor
         elif "output_upscaling" in name and tensor.dim() == 4:  # the same for all four pixels a pixel becomes
-            state[name] = tensor.mean((2, 3), keepdim=True).expand_as(tensor).contiguous()
+            state[name] = state[name].mean((2, 3), keepdim=True).expand_as(tensor).contiguous()
         elif "output_hypernetworks_mlps" in name and name.endswith("layers.2.weight"):
-            state[name] = 20 * tensor
+            state[name] = 20 * state[name]
     return state
 
 

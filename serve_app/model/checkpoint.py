@@ -345,14 +345,15 @@ def _draw(key: str, fresh: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return 0.25 * noise
     if key.endswith("pos_embed"):
         return 0.3 * noise
-    if key.endswith("gaussian_matrix") or (fresh.dim() == 2 and ("embed" in key or "token" in key)):
+    table = key.split(".")[1].endswith(("embed", "embeddings", "token", "tokens"))  # of tokens, not of products
+    if key.endswith("gaussian_matrix") or (fresh.dim() == 2 and table):
         return noise
     if fresh.dim() == 1:  # biases and norms, around their fresh value (norms: 1)
         centre = 1.0 if key.endswith("weight") else 0.0
         return centre + 0.1 * noise
     fan_in = fresh[0].numel()
-    gain = 3.0 if ".attn.qkv." in key else 1.0  # strong enough that attention is far from uniform
-    return gain * noise / fan_in**0.5
+    gain = 3.0 if key.split(".")[-2] in ("qkv", "q_proj", "k_proj") else 1.0  # attention that is far from uniform
+    return gain * noise / (3 * fan_in) ** 0.5
 
 
 def _write_whole(path: Path, content: bytes) -> None:
