@@ -25,15 +25,15 @@ def generate(decoder: Decoder, embedding: np.ndarray, original: Size, options: G
     prompts = Prompts(points=points, labels=np.ones(points.shape[:2], np.int32))
     decoders.check(decoder, DecodeRequest(embedding, original, prompts))
     parts = []
-    size = decoders.step(decoder, original, decoder.card.architecture.mask_outputs)
+    outputs = decoder.card.architecture.mask_outputs
+    size = decoders.step(decoder, original, outputs)
     for start in range(0, len(points), size):
         request = DecodeRequest(embedding, original, prompts.take(slice(start, start + size)), multimask=True)
-        logits, scores = decoder.logits(request)
-        keep = torch.nonzero(scores.flatten() > options.pred_iou_thresh)[:, 0]
-        if not len(keep):
+        logits, scores, places = decoder.accepted(request, options.pred_iou_thresh)
+        if not len(places):
             continue
-        index = np.repeat(np.arange(start, start + len(logits), dtype=np.int32), logits.shape[1])[keep.cpu().numpy()]
-        part = decoders.to_masks(decoder, request, logits.flatten(0, 1)[keep], scores.flatten()[keep], index)
+        index = (start + places.cpu().numpy() // outputs).astype(np.int32)
+        part = decoders.to_masks(decoder, request, logits, scores, index)
         parts.append(part.take(np.flatnonzero((part.stability >= options.stability_score_thresh) & (part.areas > 0))))
     found = MaskSet.join(original, parts, decoder.card.architecture.channels)
     # segment_anything's boxes end at the last pixel, COCO's one after it

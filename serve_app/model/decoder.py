@@ -34,6 +34,11 @@ class Decoder(Protocol):
         """N prompts → ([N, M, 4g, 4g] float32 logits of the padded input, [N, M] predicted IoU); M is 1 or 3."""
         ...
 
+    def accepted(self, request: DecodeRequest, above: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `logits`, but only the K masks whose predicted IoU is above `above`: ([K, 4g, 4g], [K], [K] int64, where
+        each stands among the N · M)."""
+        ...
+
 
 class ReferenceDecoder:
     """segment_anything's PromptEncoder and MaskDecoder in float32."""
@@ -70,6 +75,11 @@ class ReferenceDecoder:
             )
             parts.append((logits, scores))
         return torch.cat([logits for logits, _ in parts]), torch.cat([scores for _, scores in parts])
+
+    def accepted(self, request: DecodeRequest, above: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, scores = self.logits(request)
+        kept = torch.nonzero(scores.flatten() > above)[:, 0]
+        return logits.flatten(0, 1)[kept], scores.flatten()[kept], kept
 
     def image(self, embedding: np.ndarray) -> torch.Tensor:
         """[C, g, g] → [1, C, g, g] float32 on the device."""
