@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a file, `https://…` or `s3://…`, checked by sha256 before anything reads them."""
+"""Where checkpoints come from: a path, `https://…` or `s3://…`; checked by sha256 before anything reads them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ DOWNLOAD_TIMEOUT_S = 60  # without a byte
 CHUNK = 4 * MIB
 LOCK_TIMEOUT_S = 3600.0  # a download of gigabytes over a slow line
 LOCK_POLL_S = 0.2
+FOLDER_SUFFIXES = (".safetensors", ".bin", ".json")  # of a checkpoint's files, in a folder that may hold more
 
 
 def is_seeded(source: str) -> bool:
@@ -75,6 +76,8 @@ def lock(path: Path) -> Iterator[None]:
 def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]]:
     """(path, sha256) of the checkpoint, for the length of the `with`; a download is removed after it.
 
+    The sha256 of a folder is that of the lines `sha256sum` prints for its `files`, in order.
+
     Raises:
         NotFound, Forbidden, Unavailable: the source cannot be read.
         InvalidCheckpoint: its sha256 is not the one in the settings; the file was not opened.
@@ -83,7 +86,7 @@ def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]
     source = model.source
     if "://" not in source:
         path = Path(absolute(source))
-        if not path.is_file():
+        if not path.exists():
             raise NotFound(f"there is no checkpoint at {path}")
         yield path, _checked(path, model)
         return
@@ -130,9 +133,23 @@ def _copy(remote: IO[bytes], target: IO[bytes], shown: str) -> None:
             raise InvalidCheckpoint(f"{shown} is over {MAX_CHECKPOINT_BYTES >> 30} GiB: no known checkpoint is")
 
 
+def files(path: Path) -> list[Path]:
+    """A local checkpoint's files, in order: itself, or those in the folder; [] if it is not there."""
+    with mapped(str(path)):
+        inside = path.iterdir() if path.is_dir() else [path]
+        return sorted(one for one in inside if one.is_file() and (one == path or one.suffix in FOLDER_SUFFIXES))
+
+
 def _checked(path: Path, model: ModelSettings) -> str:
-    with mapped(str(path)), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {}
+    with mapped(str(path)):
+        for one in files(path):
+            with one.open("rb") as file:
+                digests[one.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        digest = hashlib.sha256("".join(f"{own}  {name}\n" for name, own in digests.items()).encode()).hexdigest()
+    else:
+        digest = digests[path.name]
     if model.sha256 and not digest.startswith(model.sha256.lower()):
         raise InvalidCheckpoint(
             f"{public_source(model.source)} has sha256 {digest[:12]}…, the settings expect {model.sha256[:12]}…: "

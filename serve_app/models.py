@@ -8,9 +8,9 @@ from pathlib import Path
 from cluster import weights
 from cluster.errors import NotFound
 from cluster.settings import ModelSettings, Settings
-from cluster.storage import Storage
+from cluster.storage import Storage, mapped
 from serve_app.contract import ModelInfo
-from serve_app.model import checkpoint
+from serve_app.model import checkpoint, state
 
 
 def find(settings: Settings, name: str) -> ModelSettings:
@@ -31,29 +31,39 @@ def prepare(settings: Settings, name: str) -> Path:
     with weights.lock(folder.with_suffix(".lock")):
         if (folder / "model.json").exists():
             return folder
-        state, digest, trained = read(model, settings)
-        source = weights.public_source(model.source)
-        checkpoint.extract(state, folder, source=source, source_sha256=digest, licence=model.licence, trained=trained)
+        split(settings, model, folder)
     return folder
+
+
+def split(settings: Settings, model: ModelSettings, out: Path) -> tuple[checkpoint.ModelCard, checkpoint.State]:
+    """Write a model's halves and `model.json` to the folder `out` → its card and the tensors they were made of."""
+    tensors, digest, trained = read(model, settings)
+    source = weights.public_source(model.source)
+    with mapped(str(out)):
+        card = checkpoint.extract(
+            tensors, out, source=source, source_sha256=digest, licence=model.licence, trained=trained
+        )
+    return card, tensors
 
 
 def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, str, bool]:
     """(tensors, sha256 of the source, whether trained) of a model's whole checkpoint."""
     if weights.is_seeded(model.source):
-        state = checkpoint.seeded(*weights.seed_of(model.source))
-        return state, hashlib.sha256(model.source.encode()).hexdigest(), False
+        made = checkpoint.seeded(*weights.seed_of(model.source))
+        return made, hashlib.sha256(model.source.encode()).hexdigest(), False
     with weights.fetched(model, Storage(settings.storage)) as (path, digest):
-        return checkpoint.read_state(path), digest, True
+        return state.read(path), digest, True
 
 
 def _identity(model: ModelSettings) -> str:
-    """What the cached split depends on; a local file that was replaced is another one."""
-    path = Path(model.source).expanduser()
-    stamp = f"{path.stat().st_mtime_ns} {path.stat().st_size}" if "://" not in model.source and path.is_file() else ""
-    return "\n".join((model.source, model.sha256 or "", model.licence, stamp))
+    """What the cached split depends on; a local file that was replaced, or one in a folder, is another one."""
+    local = "://" not in model.source and not weights.is_seeded(model.source)
+    files = weights.files(Path(model.source).expanduser()) if local else []
+    stamps = [f"{path.name} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files]
+    return "\n".join((model.source, model.sha256 or "", model.licence, *stamps))
 
 
-def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str) -> ModelInfo:
+def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str, dtype: str) -> ModelInfo:
     sizes = card.architecture
     return ModelInfo(
         name=name,
@@ -67,4 +77,5 @@ def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str) -
         trained=card.trained,
         runtime=runtime,
         device=device,
+        dtype=dtype,
     )

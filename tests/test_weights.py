@@ -32,6 +32,7 @@ from cluster.settings import ModelSettings, Settings, StorageSettings
 from cluster.storage import Storage
 from serve_app import models
 from serve_app.model import checkpoint
+from serve_app.model import state as state_module
 from serve_app.model.checkpoint import ModelCard
 from tests.s3 import S3, s3_fixture  # noqa: F401
 
@@ -154,7 +155,7 @@ def test_the_second_time_nothing_is_fetched(
 def test_a_wrong_hash_is_refused_before_the_file_is_opened(
     web: str, trained: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "read_state", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(state_module, "read", lambda *_: pytest.fail("opened"))
     (tmp_path / "w.pth").write_bytes(trained)
     for source in (f"{web}/good.pth", str(tmp_path / "w.pth")):
         message = refused(InvalidCheckpoint, settings(tmp_path, source, "0" * 64))

@@ -10,11 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from safetensors.torch import load_file, save
 
 from cluster.errors import InvalidCheckpoint
 from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
-
-State = dict[str, torch.Tensor]
+from serve_app.model.state import State, shown
 
 ENCODER, DECODER = "encoder", "decoder"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WOULD_RUN = ("Unsupported global", "Unsupported operand", "Unsupported class")  # torch's words for refused code
 PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder.": DECODER}
+FAULTS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,20 @@ class Architecture:
     iou_head_width: int = 256
     mask_outputs: int = 3
     mask_channels: int = 16
+    decoder_norm_eps: float = 1e-5
 
     @property
     def grid(self) -> int:
         """Tokens along one side of the embedding."""
         return self.image_size // self.patch
 
+
+NORM_EPS = "norm_eps"
+BESIDE: dict[str, tuple[float, ...]] = {  # numbers that are no weights: forks save the first two as buffers
+    "pixel_mean": PIXEL_MEAN,
+    "pixel_std": PIXEL_STD,
+    NORM_EPS: (Architecture.decoder_norm_eps,),
+}
 
 # Image size, patch, width, depth, heads, MLP width, window, global blocks. B, L, H: as segment_anything.build_sam.
 ARCHITECTURES = {
@@ -97,32 +104,6 @@ class ModelCard:
             raise InvalidCheckpoint(f"{path} is missing or damaged: extract the checkpoint again") from error
 
 
-def read_state(path: Path) -> State:
-    """A `segment_anything` state dict from `.pth` or `.safetensors`. Nothing in the file is executed.
-
-    Raises:
-        InvalidCheckpoint: not a file of tensors, cut short, or a pickle that wants to run code.
-    """
-    advice = "expected a state dict saved by torch.save, or safetensors"
-    with path.open("rb") as file:
-        head = file.read(9)
-    try:
-        if head[8:] == b"{":  # eight bytes of length, then JSON: safetensors, whatever the file is called
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
-    except Exception as error:  # a damaged pickle can raise anything
-        pickled = head.startswith((b"\x80", b"PK\x03\x04"))
-        if pickled and isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in WOULD_RUN):
-            raise InvalidCheckpoint(
-                f"{path.name} holds more than tensors and would run code when read: refused. {advice}"
-            ) from error
-        raise InvalidCheckpoint(f"{path.name} is not a checkpoint, or is cut short: {advice}") from error
-    named = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
-    if not named or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise InvalidCheckpoint(f"{path.name} does not hold a flat mapping of names to tensors: {advice}")
-    return dict(loaded)
-
-
 def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
     """The family's name (`custom` where sizes are nobody's) and the sizes, read off the tensors.
 
@@ -156,26 +137,36 @@ def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
     windows = {side for side in sides if side != grid}
     if len(windows) > 1:
         raise InvalidCheckpoint(f"the checkpoint has attention windows of several sizes: {sorted(windows)}")
-    sizes = Architecture(
-        image_size=grid * patch,
-        patch=patch,
-        width=width,
-        depth=depth,
-        heads=width // tables[0][1],
-        mlp_width=shape(encoder + "blocks.0.mlp.lin1.weight", 2)[0],
-        window=windows.pop() if windows else 0,
-        global_blocks=global_blocks,
-        channels=shape(encoder + "neck.0.weight", 4)[0],
-        decoder_depth=count(decoder + "transformer.layers."),
-        decoder_mlp_width=shape(decoder + "transformer.layers.0.mlp.lin1.weight", 2)[0],
-        iou_head_depth=count(decoder + "iou_prediction_head.layers."),
-        iou_head_width=shape(decoder + "iou_prediction_head.layers.0.weight", 2)[0],
-        mask_outputs=shape(decoder + "mask_tokens.weight", 2)[0] - 1,
-        mask_channels=shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
-    )
-    if sizes.channels % (8 * sizes.decoder_heads):
-        raise InvalidCheckpoint(f"{encoder}neck.0.weight has {sizes.channels} channels, expected a multiple of 64")
-    return next((name for name, known in ARCHITECTURES.items() if known == sizes), "custom"), sizes
+    sizes: dict[str, Any] = {
+        "image_size": grid * patch,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": width // tables[0][1],
+        "mlp_width": shape(encoder + "blocks.0.mlp.lin1.weight", 2)[0],
+        "window": windows.pop() if windows else 0,
+        "global_blocks": global_blocks,
+        "channels": shape(encoder + "neck.0.weight", 4)[0],
+    }
+    if _has_decoder(state):
+        sizes |= {
+            "decoder_depth": count(decoder + "transformer.layers."),
+            "decoder_mlp_width": shape(decoder + "transformer.layers.0.mlp.lin1.weight", 2)[0],
+            "iou_head_depth": count(decoder + "iou_prediction_head.layers."),
+            "iou_head_width": shape(decoder + "iou_prediction_head.layers.0.weight", 2)[0],
+            "mask_outputs": shape(decoder + "mask_tokens.weight", 2)[0] - 1,
+            "mask_channels": shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
+        }
+    if sizes["channels"] % (8 * Architecture.decoder_heads):
+        raise InvalidCheckpoint(f"{encoder}neck.0.weight has {sizes['channels']} channels, expected a multiple of 64")
+    for name, known in ARCHITECTURES.items():
+        if replace(known, **sizes) == known:
+            return name, known
+    return "custom", Architecture(**sizes)
+
+
+def _has_decoder(state: Mapping[str, torch.Tensor]) -> bool:
+    return any(PREFIXES.get(name.split(".")[0] + ".") == DECODER for name in state)
 
 
 def split(state: Mapping[str, torch.Tensor]) -> tuple[State, State]:
@@ -218,16 +209,21 @@ def extract(
     Raises:
         InvalidCheckpoint: not a Segment Anything model, or numbers that are not finite.
     """
-    family, sizes = recognise(state)
-    _check(state, sizes)
-    digests = {}
+    weights = {name: tensor for name, tensor in state.items() if name not in BESIDE}
+    family, sizes = recognise(weights)
+    _check(weights, sizes)
+    beside = {name: _beside(name, state[name]) if name in state else usual for name, usual in BESIDE.items()}
+    digests = {ENCODER: "", DECODER: ""}
     out.mkdir(parents=True, exist_ok=True)
-    for half, tensors in zip((ENCODER, DECODER), split(state), strict=True):
-        content = save(dict(sorted(tensors.items())))
-        digests[half] = hashlib.sha256(content).hexdigest()
-        _write_whole(out / f"{half}.safetensors", content)
+    for half, tensors in zip((ENCODER, DECODER), split(weights), strict=True):
+        if tensors:  # other numbers beside the weights are another model: they belong into the hash
+            own = {name: repr(value) for name, value in beside.items() if (name == NORM_EPS) == (half == DECODER)}
+            other = {name: value for name, value in own.items() if value != repr(BESIDE[name])}
+            content = save(dict(sorted(tensors.items())), metadata=other or None)
+            digests[half] = hashlib.sha256(content).hexdigest()
+            write_whole(out / f"{half}.safetensors", content)
     card = ModelCard(
-        architecture=sizes,
+        architecture=replace(sizes, decoder_norm_eps=beside[NORM_EPS][0]),
         family=family,
         source=source,
         source_sha256=source_sha256,
@@ -235,40 +231,75 @@ def extract(
         decoder_sha256=digests[DECODER],
         licence=licence,
         trained=trained,
+        pixel_mean=beside["pixel_mean"],
+        pixel_std=beside["pixel_std"],
     )
-    _write_whole(out / "model.json", json.dumps(asdict(card), indent=2).encode())
+    write_whole(out / "model.json", json.dumps(asdict(card), indent=2).encode())
     return card
+
+
+def _beside(name: str, tensor: torch.Tensor) -> tuple[float, ...]:
+    """The tensor's numbers; segment_anything's own where those differ by no more than rounding."""
+    usual = BESIDE[name]
+    plain = tensor.layout == torch.strided and tensor.dtype in FLOATS and tensor.numel() == len(usual)
+    values = tensor.flatten() if plain else torch.tensor([torch.nan])
+    if not torch.isfinite(values).all() or (name != "pixel_mean" and not (values > 0).all()):
+        found = shown(tensor.tolist() if plain else f"{tensor.dtype} {list(tensor.shape)}")
+        raise InvalidCheckpoint(f"{name} is {found}, expected {len(usual)} finite, above 0 in all but a mean")
+    rounded = torch.tensor(usual, dtype=values.dtype)
+    return usual if torch.allclose(values, rounded, rtol=1e-5, atol=0) else tuple(values.tolist())
 
 
 def _check(state: Mapping[str, torch.Tensor], sizes: Architecture) -> None:
     """Every name and shape is what a model of these sizes has, and every number is finite."""
-    with torch.device("meta"):
-        expected = {**build_encoder(sizes).state_dict(prefix="image_encoder.")}
-        for name, module in zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True):
-            expected |= module.state_dict(prefix=name)
-    missing = [name for name in expected if name not in state]
-    surplus = [name for name in state if name not in expected]
-    if missing or surplus:
-        parts = [f"{len(missing)} missing ({missing[0]} …)"] if missing else []
-        parts += [f"{len(surplus)} of no known place ({surplus[0]} …)"] if surplus else []
-        raise InvalidCheckpoint(f"the checkpoint does not fit a Segment Anything model: tensors {', '.join(parts)}")
+    try:
+        with torch.device("meta"):
+            expected = {**build_encoder(sizes).state_dict(prefix="image_encoder.")}
+            modules = build_decoder(sizes) if _has_decoder(state) else ()
+            for prefix, module in zip(("prompt_encoder.", "mask_decoder."), modules, strict=False):
+                expected |= module.state_dict(prefix=prefix)
+    except (AssertionError, ArithmeticError, ValueError, RuntimeError) as error:
+        raise InvalidCheckpoint(f"the checkpoint's sizes are no Segment Anything model's: {sizes}") from error
+    faults = [
+        *_faults("missing", {name: f"expected {list(expected[name].shape)}" for name in expected if name not in state}),
+        *_faults("of no known place", {name: list(state[name].shape) for name in state if name not in expected}),
+        *_faults(
+            "of another shape",
+            {
+                name: f"has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+                for name, tensor in state.items()
+                if name in expected and tensor.shape != expected[name].shape
+            },
+        ),
+    ]
+    if faults:
+        more = f"; and {len(faults) - FAULTS_SHOWN} more parts" if len(faults) > FAULTS_SHOWN else ""
+        raise InvalidCheckpoint(
+            "the checkpoint does not fit the Segment Anything model that its sizes make it (names as in "
+            f"segment_anything): {'; '.join(faults[:FAULTS_SHOWN])}{more}"
+        )
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise InvalidCheckpoint(
-                f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)} from the other tensors"
-            )
         if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
             raise InvalidCheckpoint(f"{name} is {tensor.dtype} {tensor.layout}, expected plain floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise InvalidCheckpoint(f"{name} has values that are not finite")
 
 
+def _faults(kind: str, names: Mapping[str, object]) -> list[str]:
+    """A phrase a part of the model: `mask_decoder.transformer.layers.1: 12 missing (first NAME expected [256])`."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        match = re.match(r".*?\.\d+(?=\.)|[^.]*\.?[^.]*", name, re.DOTALL)
+        parts.setdefault(match[0] if match else "", []).append(name)
+    return [f"{shown(part)}: {len(own)} {kind} (first {shown(own[0])} {names[own[0]]})" for part, own in parts.items()]
+
+
 def parameter_table(state: Mapping[str, torch.Tensor]) -> list[tuple[str, str, int, int]]:
-    """Where parameters went: rows of (half, part, tensors, parameters), in file order."""
+    """Where parameters went: rows of (half, part, tensors, parameters), in file order; half `card` for those beside."""
     tensors: Counter[tuple[str, str]] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
     for name, tensor in state.items():
-        half = next(half for prefix, half in PREFIXES.items() if name.startswith(prefix))
+        half = next((half for prefix, half in PREFIXES.items() if name.startswith(prefix)), "card")
         part = ".".join(name.split(".")[:2])
         tensors[half, part] += 1
         numbers[half, part] += tensor.numel()
@@ -310,6 +341,9 @@ def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module
         num_heads=sizes.decoder_heads,
         mlp_dim=sizes.decoder_mlp_width,
     )
+    for layer in transformer.layers:
+        for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):
+            norm.eps = sizes.decoder_norm_eps
     masks = MaskDecoder(
         transformer_dim=sizes.channels,
         transformer=transformer,
@@ -356,7 +390,7 @@ def _draw(key: str, fresh: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return gain * noise / (3 * fan_in) ** 0.5
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -373,12 +407,21 @@ def load_half(folder: Path, half: str, card: ModelCard) -> dict[str, Any]:
     """One half's tensors, checked against the card's sha256.
 
     Raises:
-        InvalidCheckpoint: the file is not the one that was extracted.
+        InvalidCheckpoint: the file is not the one that was extracted, or the checkpoint was an encoder alone.
     """
     path = folder / f"{half}.safetensors"
+    expected = card.encoder_sha256 if half == ENCODER else card.decoder_sha256
+    if not expected:
+        raise no_decoder(card)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    expected = card.encoder_sha256 if half == ENCODER else card.decoder_sha256
     if found != expected:
         raise InvalidCheckpoint(f"{path} has sha256 {found[:12]}…, expected {expected[:12]}…: extract it again")
     return load_file(path)
+
+
+def no_decoder(card: ModelCard) -> InvalidCheckpoint:
+    return InvalidCheckpoint(
+        f"{card.source} is an image encoder alone: it makes embeddings, and has no prompt encoder and mask decoder for "
+        "masks; give the whole checkpoint as the model's source"
+    )
