@@ -1,4 +1,4 @@
-"""Prompts in, masks out: what is refused and stays alone, chunks, RLE, and automatic masks as segment_anything's."""
+"""Prompts in, masks out: what is refused and stays alone, chunks, RLE."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
-from segment_anything.utils.amg import build_point_grid, calculate_stability_score
+from segment_anything.utils.amg import calculate_stability_score
 
 from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidInput, InvalidPrompt, InvalidSettings
-from serve_app.model import automask, checkpoint, decoder, encoder, masks, preprocess
+from serve_app.model import checkpoint, decoder, encoder, masks, preprocess
 from serve_app.model.decoder import Decoder
 from serve_app.model.masks import MaskSet
-from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, point_grid
+from serve_app.model.prompts import DecodeRequest, Prompts, point_grid
 from tests import weights_of_sam
 from tests.weights_of_sam import relative
 
@@ -149,12 +148,6 @@ def test_padding_points_change_nothing(nano: Decoder, request_: DecodeRequest) -
     other = Prompts(points=points * [[[1], [1], [7]]], labels=np.array([[1, 0, -1]]))
     one, two = decoder.segment(nano, [replace(request_, prompts=asked) for asked in (first, other)])
     assert found(one).counts == found(two).counts
-
-
-@pytest.mark.parametrize("options", [GridOptions(0), GridOptions(129)])
-def test_grids_that_are_refused(options: GridOptions, nano: Decoder, embedding: np.ndarray) -> None:
-    with pytest.raises(InvalidInput, match="1 to 128"):
-        automask.generate(nano, embedding, SIZE, options)
 
 
 def test_what_is_not_there(folder: Path) -> None:
@@ -413,47 +406,3 @@ def test_iou() -> None:
     assert masks.iou(one, two) == 1.0
     one[:2], two[1:3] = True, True
     assert masks.iou(one, two) == pytest.approx(1 / 3)
-
-
-# Automatic masks
-
-
-@pytest.mark.parametrize("side", [1, 2, 7, 32])
-def test_grid_is_segment_anythings(side: int) -> None:
-    np.testing.assert_allclose(point_grid(side, SIZE)[:, 0], build_point_grid(side) * SIZE[::-1], rtol=1e-6)
-
-
-OPTIONS = {
-    "all but empty ones": GridOptions(6, -1e9, 1e-9, 0.9),
-    "few": GridOptions(6, 0.01, 0.05, 0.85),
-}
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-def test_automatic_masks_are_segment_anythings(
-    case: str, sam: Sam, nano: Decoder, image: np.ndarray, embedding: np.ndarray
-) -> None:
-    options = OPTIONS[case]
-    theirs = SamAutomaticMaskGenerator(
-        sam,
-        points_per_side=options.points_per_side,
-        pred_iou_thresh=options.pred_iou_thresh,
-        stability_score_thresh=options.stability_score_thresh,
-        box_nms_thresh=options.box_nms_thresh,
-    ).generate(image)
-    ours = automask.generate(nano, embedding, SIZE, options)
-    assert 3 <= len(ours) < 36 * 3
-    assert len(ours) == len(theirs)
-    planes, centres = ours.decode(), point_grid(6, SIZE)[:, 0]
-    for index, expected in enumerate(theirs):  # both by descending predicted IoU
-        assert masks.iou(planes[index], expected["segmentation"]) >= 0.99
-        assert ours.predicted_iou[index] == pytest.approx(expected["predicted_iou"], abs=1e-3)
-        assert ours.stability[index] == pytest.approx(expected["stability_score"], abs=1e-2)
-        assert centres[ours.prompt_index[index]] == pytest.approx(expected["point_coords"][0], rel=1e-6)
-
-
-def test_thresholds_can_leave_nothing(nano: Decoder, embedding: np.ndarray) -> None:
-    assert len(automask.generate(nano, embedding, SIZE, GridOptions(2, pred_iou_thresh=99.0))) == 0
-    assert len(automask.generate(nano, embedding, SIZE, GridOptions(2, -99.0, stability_score_thresh=1.1))) == 0
-    with pytest.raises(InvalidEmbedding):
-        automask.generate(nano, embedding[:9], SIZE, GridOptions(2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from cluster.errors import InvalidInput
 from serve_app.model.preprocess import Size
 
 MAX_RUN_CHARACTERS = 7  # 35 bits: more than any run of a 32-bit mask
+ENDLESS = 1 << 60  # pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +97,102 @@ def _checked(counts: list[str], size: Size) -> list[dict[str, Any]]:
 
 
 def _covers(text: str, pixels: int) -> bool:
-    """Whether `text` is a compressed RLE of exactly that many pixels: little-endian groups of 5 bits and a
-    continuation bit, a sign in each last one, from the third run on as differences to the run before last (COCO's
-    `rleToString`)."""
+    """Whether `text` is a compressed RLE of exactly that many pixels."""
+    runs = _runs(text)
+    return runs is not None and bool(runs.min() >= 0 and runs.sum() == pixels)
+
+
+def _runs(text: str) -> np.ndarray | None:
+    """A compressed RLE's runs, off and on in turn: little-endian groups of 5 bits and a continuation bit, a sign in
+    each last one, from the third run on as differences to the run before last (COCO's `rleToString`). None for a text
+    that is no such thing."""
     codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return False
+        return None
     ends = np.flatnonzero(codes & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > MAX_RUN_CHARACTERS:
-        return False
+        return None
     place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
     runs = np.add.reduceat((codes & 31) << place, starts) - np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
     runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return bool(runs.min() >= 0 and runs.sum() == pixels)
+    return runs
+
+
+def place(found: MaskSet, corner: tuple[int, int], size: Size) -> MaskSet:
+    """Masks of a crop, whose upper left pixel is `corner` (x, y) of an image of `size`, as masks of that image."""
+    if found.size == size:
+        return found
+    x, y = corner
+    counts = [_placed(text, found.size[0], x, y, size) for text in found.counts]
+    return replace(found, size=size, counts=counts, boxes=found.boxes + np.array([x, y, 0, 0], np.float32))
+
+
+def _placed(text: str, height: int, x: int, y: int, size: Size) -> str:
+    """An RLE of columns of `height` pixels as one of an image: each stretch of pixels is cut where a column ends."""
+    runs = _runs(text)
+    assert runs is not None
+    pixels = size[0] * size[1]
+    if height == size[0]:
+        height = pixels  # nothing to cut: columns lie in the image as they are
+    ends = np.cumsum(runs)[: len(runs) // 2 * 2].reshape(-1, 2)  # stretches are [first, last)
+    first, last = ends[ends[:, 0] < ends[:, 1]].T
+    pieces = (last - 1) // height - first // height + 1
+    column = np.repeat(first // height - np.cumsum(pieces) + pieces, pieces) + np.arange(pieces.sum())
+    starts = np.maximum(np.repeat(first, pieces), column * height)
+    stops = np.minimum(np.repeat(last, pieces), (column + 1) * height)
+    moved = np.stack([starts, stops], axis=1) + ((column + x) * size[0] + y - column * height)[:, None]
+    counts = np.diff(moved.flatten(), prepend=0, append=pixels).tolist()
+    if not counts[-1]:
+        counts.pop()
+    return coco.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"].decode()
+
+
+def remove_small_regions(mask: np.ndarray, area: int) -> np.ndarray | None:
+    """[h, w] bool without holes and then islands of fewer than `area` pixels; None if it has none.
+
+    Regions connect over corners; of islands that are all small the largest stays (as segment_anything's).
+    """
+    window = _window(mask)
+    if mask.size - mask[window].size < area:  # what lies beyond it may be a hole itself
+        window = slice(0, None), slice(0, None)
+    inner = mask[window]
+    holes, sizes = _regions(~inner)
+    sizes[holes[(0, 0) if window[0].start or window[1].start else (-1, -1)]] += mask.size - inner.size
+    filled = sizes < area
+    inner = inner | filled[holes]
+    islands, sizes = _regions(inner)
+    small = sizes < area
+    if not small.any() and not filled.any():
+        return None
+    if small[1:].all():
+        small[1 + np.argmax(sizes[1:])] = False
+    cleaned = mask.copy()
+    cleaned[window] = inner & ~small[islands]
+    return cleaned
+
+
+def _regions(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[h, w] bool → each pixel's region, from 1 (0 where it is off), and the regions' sizes; 0 counts as endless."""
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(plane, np.ones((3, 3), bool))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = ENDLESS
+    return labels, sizes
+
+
+def _window(mask: np.ndarray) -> tuple[slice, slice]:
+    """The mask and one pixel around it, so that all beyond is one region with a corner of it; the whole where that
+    would reach from edge to edge."""
+    ends = []
+    for axis, side in zip((1, 0), mask.shape, strict=True):
+        found = np.flatnonzero(mask.any(axis))
+        if not len(found) or (found[0] < 2 and found[-1] > side - 3):
+            return slice(0, None), slice(0, None)
+        ends.append(slice(int(max(0, found[0] - 1)), int(found[-1] + 2)))
+    return ends[0], ends[1]
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> float:
