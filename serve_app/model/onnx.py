@@ -52,15 +52,16 @@ def export(folder: Path, out: Path, name: str) -> dict[str, str]:
     """
     decoder = ReferenceDecoder(folder, "cpu")
     program = _program(decoder)
-    program.model.metadata_props |= {
+    metadata = {
         "model": name,
         "decoder_sha256": decoder.card.decoder_sha256,
         "licence": decoder.card.licence,
         "trained": str(decoder.card.trained).lower(),
     }
+    program.model.metadata_props.update(metadata)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(out, program.model_proto.SerializeToString())
-    return dict(program.model.metadata_props)
+    return metadata
 
 
 def _program(decoder: ReferenceDecoder) -> Any:
