@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
+import math
 import pickle
 import re
+import tempfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torchvision.models import resnet18
 
 from cluster.errors import InvalidCheckpoint
-from serve_app.model import checkpoint
+from serve_app.model import checkpoint, decoder, encoder
 from serve_app.model import state as state_module
 from serve_app.model.checkpoint import ARCHITECTURES, ModelCard, State
 from tests import weights_of_sam
@@ -168,6 +175,141 @@ def test_nothing_half_written_is_left(nano: State, tmp_path: Path, monkeypatch: 
     assert contents(tmp_path) == {}
 
 
+# What trainers wrap around the weights
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def trainer(state: State) -> dict[str, Any]:
+    """A training script's checkpoint: an optimizer that has run, a schedule, and a best loss as numpy gives it."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    return {
+        "epoch": 3,
+        "state_dict": state,
+        "optimizer_state": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "best_loss": np.float64(0.25),
+        "step": np.int64(7),
+        "rng_state": torch.get_rng_state(),
+        "hyper_parameters": OrderedDict(rate=0.1, name=None),
+    }
+
+
+WRAPPED: dict[str, Callable[[State], Any]] = {
+    "model.": lambda state: prefixed(state, "model."),
+    "module.": lambda state: prefixed(state, "module."),
+    "module.model.": lambda state: prefixed(state, "module.model."),
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "state_dict": lambda state: {"state_dict": state},
+    "model_state": lambda state: {"model_state": state, "iteration": 5},
+    "model": lambda state: {"model": OrderedDict(state), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+    "nested twice": lambda state: {"model": {"state_dict": state}},
+    "nested and prefixed": lambda state: {"state_dict": prefixed(state, "module.model.")},
+    "a trainer": lambda state: trainer(prefixed(state, "sam.")),
+    "parameters": lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_what_trainers_wrap_around_the_weights_is_taken_off(
+    case: str, zipped: bool, nano: State, tmp_path: Path
+) -> None:
+    path = tmp_path / "tuned.pth"
+    path.write_bytes(saved(WRAPPED[case](nano), _use_new_zipfile_serialization=zipped))
+    found = state_module.read(path)
+    assert found.keys() == nano.keys()
+    assert all(torch.equal(found[name], tensor) and not found[name].requires_grad for name, tensor in nano.items())
+
+
+def test_weights_outside_the_prefix_are_not_skipped(nano: State, tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(saved(prefixed(nano, "model.") | {"loss.weight": torch.ones(5)}))
+    message = refused(lambda: checkpoint.extract(state_module.read(tmp_path / "a.pth"), tmp_path / "out", **SOURCE))
+    assert "loss.weight: 1 of no known place (first loss.weight [5])" in message
+    (tmp_path / "b.pth").write_bytes(saved(prefixed(nano, "student.") | prefixed(nano, "teacher.")))
+    assert "several models, student.* and teacher.*" in refused(state_module.read, tmp_path / "b.pth")
+    (tmp_path / "c.pth").write_bytes(saved(prefixed(nano, "model.") | {NORM: nano[NORM] + 1}))
+    assert f"two different tensors for {NORM}" in refused(state_module.read, tmp_path / "c.pth")
+
+
+def test_what_would_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(saved({"model": TINY, "args": argparse.Namespace(lr=1)}))
+    message = refused(state_module.read, tmp_path / "a.pth")
+    assert "(argparse.Namespace) and would run code when read: refused" in message
+    assert "torch.save(model.state_dict(), …)" in message
+
+
+# Encoders alone
+
+
+@pytest.mark.parametrize("prefix", ["image_encoder.", "", "model.image_encoder.", "module."])
+def test_an_encoder_alone_makes_embeddings(prefix: str, nano: State, split: Path, tmp_path: Path) -> None:
+    own = {name.removeprefix("image_encoder."): nano[name] for name in nano if name.startswith("image_encoder.")}
+    (tmp_path / "encoder.pth").write_bytes(saved(prefixed(own, prefix)))
+    card = checkpoint.extract(state_module.read(tmp_path / "encoder.pth"), tmp_path / "out", **SOURCE)
+    assert card == replace(ModelCard.read(split), decoder_sha256="") == ModelCard.read(tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == ["encoder.safetensors", "model.json"]
+    assert encoder.load(tmp_path / "out").card == card
+    for load in (decoder.load, lambda folder: decoder.load(folder, "auto")):
+        message = refused(load, tmp_path / "out")
+        assert "has no prompt encoder and mask decoder" in message
+        assert "give the whole checkpoint" in message
+
+
+# Numbers beside the weights
+
+
+def test_the_usual_buffers_change_nothing(nano: State, split: Path, tmp_path: Path) -> None:
+    sam = weights_of_sam.filled("nano", nano)
+    for index, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
+        buffers = {name: getattr(sam, name).to(dtype) for name in ("pixel_mean", "pixel_std")}
+        checkpoint.extract(nano | buffers, tmp_path / str(index), **SOURCE)
+        assert contents(tmp_path / str(index)) == contents(split)
+    rows = checkpoint.parameter_table(nano | buffers)
+    assert sum(row[2] for row in rows) == len(nano) + 2
+
+
+def test_other_buffers_are_the_encoders(nano: State, split: Path, tmp_path: Path) -> None:
+    buffers = {"pixel_mean": torch.tensor([1.0, 2, 3]).view(3, 1, 1), "pixel_std": torch.tensor([4.0, 5, 6])}
+    path = tmp_path / "fork.pth"
+    path.write_bytes(saved(prefixed(nano | buffers, "module.")))
+    card = checkpoint.extract(state_module.read(path), tmp_path / "out", **SOURCE)
+    assert (card.pixel_mean, card.pixel_std) == ((1, 2, 3), (4, 5, 6))
+    assert ModelCard.read(tmp_path / "out") == card
+    assert card.encoder_sha256 != ModelCard.read(split).encoder_sha256
+    assert card.decoder_sha256 == ModelCard.read(split).decoder_sha256
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    sam = weights_of_sam.filled("nano", nano)
+    sam.pixel_mean, sam.pixel_std = buffers["pixel_mean"], buffers["pixel_std"].view(3, 1, 1)
+    with torch.inference_mode():
+        expected = sam.image_encoder(sam.preprocess(torch.tensor(image).permute(2, 0, 1)[None]))
+    assert weights_of_sam.relative(encoder.load(tmp_path / "out").encode([image]), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        {"pixel_mean": torch.ones(4)},
+        {"pixel_mean": torch.tensor([1, torch.nan, 3])},
+        {"pixel_mean": torch.tensor([1, 2, 3])},
+        {"pixel_std": torch.tensor([1.0, 0, 1])},
+        {"pixel_std": torch.ones(3).to_sparse()},
+        {"norm_eps": torch.tensor(-1.0)},
+    ],
+    ids=str,
+)
+def test_buffers_that_make_no_sense_are_refused(buffers: State, nano: State, tmp_path: Path) -> None:
+    message = refused(lambda: checkpoint.extract(nano | buffers, tmp_path / "out", **SOURCE))
+    assert f"{next(iter(buffers))} is " in message
+
+
 # Files that are refused
 
 
@@ -301,6 +443,68 @@ def test_a_state_of_odd_shapes_is_refused(case: str, nano: State, tmp_path: Path
     change, expected = UNFIT_STATES[case]
     with pytest.raises(InvalidCheckpoint, match=expected):
         checkpoint.extract(change(nano), tmp_path, **SOURCE)
+
+
+def test_what_does_not_fit_is_listed_by_part(nano: State, tmp_path: Path) -> None:
+    state = without("mask_decoder.transformer.layers.1.", "mask_decoder.iou_token")(nano)
+    state |= {"mask_decoder.hf_token.weight": torch.ones(1, 256), "mask_decoder.hf_mlp.layers.0.bias": torch.ones(2)}
+    state |= {NORM: torch.ones(3), "image_encoder.blocks.1.norm2.bias": torch.ones(4)}
+    state |= {"mask_decoder.transformer.layers.1.x": torch.ones(1)}  # so that there still are two layers
+    message = refused(lambda: checkpoint.extract(state, tmp_path, **SOURCE))
+    for expected in (
+        "mask_decoder.transformer.layers.1: 36 missing (first mask_decoder.transformer.layers.1.self_attn.q_proj.weight",
+        "mask_decoder.iou_token: 1 missing (first mask_decoder.iou_token.weight expected [1, 256])",
+        "mask_decoder.hf_token: 1 of no known place (first mask_decoder.hf_token.weight [1, 256])",
+        "mask_decoder.hf_mlp.layers.0: 1 of no known place",
+        f"image_encoder.blocks.1: 2 of another shape (first {NORM} has shape [3], expected [192])",
+    ):
+        assert expected in message
+
+
+NAMES = st.one_of(st.text(max_size=20), st.text("ab.01\n\x1b\ud800", min_size=100, max_size=300))
+TENSORS = st.sampled_from(
+    [
+        torch.ones(()),
+        torch.ones(0),
+        torch.ones(1, 2, 3, 4, 5),
+        torch.full((2,), torch.nan),
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(3, dtype=torch.int64),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_state_with_anything_wrong_is_refused_in_one_printable_line(data: st.DataObject, nano: State) -> None:
+    """A tensor of any shape in place of one of the model's, or an absurd name beside them."""
+    name = data.draw(st.one_of(st.sampled_from(sorted(nano)), NAMES), "name")
+    shape = st.lists(st.integers(0, 300), max_size=5).filter(lambda sides: math.prod(sides) < 10**6)
+    tensor = data.draw(st.one_of(TENSORS, shape.map(torch.ones)), "tensor")
+    assume(name not in checkpoint.BESIDE)
+    assume(name not in nano or tensor.shape != nano[name].shape)
+    with tempfile.TemporaryDirectory() as folder:
+        message = refused(lambda: checkpoint.extract(nano | {name: tensor}, Path(folder) / "out", **SOURCE))
+        assert not (Path(folder) / "out").exists()
+    assert message.isprintable()
+    assert len(message) < 1000
+    message.encode()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_damaged_file_is_refused_or_read(data: st.DataObject) -> None:
+    """Bytes overwritten anywhere: what is read is tensors, or InvalidCheckpoint."""
+    whole = saved({"model": TINY, "epoch": 3}, _use_new_zipfile_serialization=data.draw(st.booleans(), "zipped"))
+    content = bytearray(data.draw(st.sampled_from([whole, save(TINY)]), "file"))
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=8), "positions"):
+        content[position] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "damaged.pth"
+        path.write_bytes(content)
+        with contextlib.suppress(InvalidCheckpoint):
+            assert all(isinstance(tensor, torch.Tensor) for tensor in state_module.read(path).values())
 
 
 def test_tensors_that_share_memory_are_split_too(nano: State, tmp_path: Path) -> None:
