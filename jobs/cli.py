@@ -13,6 +13,30 @@ from cluster import settings as settings_module
 from cluster.errors import CellrayError, InvalidInput
 
 DEFAULT_SERVE_CONFIG = Path("deploy/serve.local.yaml")
+EXPORT_ONNX = """Write a model's prompt encoder and mask decoder to OUT as ONNX, under segment_anything's names: a
+browser, or a program with onnxruntime, makes masks from stored embeddings. Needs `pip install 'cellray[onnx]'`.
+
+inputs, float32:                                  outputs, float32:
+  image_embeddings  [1, C, g, g]                    masks            [N, 4, height, width]  logits, > 0 is inside
+  point_coords      [N, K, 2] x, y                  iou_predictions  [N, 4]
+  point_labels      [N, K]                          low_res_masks    [N, 4, 4g, 4g]
+  mask_input        [1, 1, 4g, 4g]
+  has_mask_input    [1] 1 or 0
+  orig_im_size      [2] height, width
+
+Coordinates are pixels of the resized image, whose long side is the model's input size (1024 for B, L, H). Labels: 1
+foreground, 0 background, 2 and 3 a box's first and second corner, -1 padding; end points without a box with one padding
+point. Of the 4 masks the first is the single answer, the others are whole, part and subpart in the model's order."""
+EXPORT_ONNX_EXAMPLE = """example:
+  cellray export-onnx sam_vit_b decoder.onnx
+
+  session = onnxruntime.InferenceSession("decoder.onnx")
+  masks, scores, low = session.run(None, {
+      "image_embeddings": embedding[None].astype("float32"),
+      "point_coords": np.float32([[[120, 80], [310, 260]]]), "point_labels": np.float32([[2, 3]]),
+      "mask_input": np.zeros((1, 1, 256, 256), "float32"), "has_mask_input": np.zeros(1, "float32"),
+      "orig_im_size": np.float32([768, 1024])})
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except CellrayError as error:
         print(f"cellray {arguments.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidInput) else 1
+        verdicts = arguments.command == "gate"  # its 1 says that a rule is broken
+        return 2 if verdicts or isinstance(error, InvalidInput) else 1
     except KeyboardInterrupt:
         print(f"cellray {arguments.command}: interrupted", file=sys.stderr)
         return 130
@@ -42,11 +67,45 @@ def _parser() -> argparse.ArgumentParser:
         description="Split a Segment Anything checkpoint into OUT/encoder.safetensors, OUT/decoder.safetensors and "
         "OUT/model.json, and print which parameters went where. Nothing in the checkpoint is executed.",
     )
-    extract.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth or .safetensors file, or a model's name")
+    extract.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a file by torch.save or safetensors, a folder by Hugging Face's save_pretrained, a URL, or a model",
+    )
     extract.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     extract.add_argument("--licence", default="unknown", help="recorded in model.json, data sets and /v1/models")
     extract.add_argument("--config", help="settings YAML")
     extract.set_defaults(run=_extract)
+
+    onnx = commands.add_parser(
+        "export-onnx",
+        help="write a model's decoder as an ONNX file",
+        description=EXPORT_ONNX,
+        epilog=EXPORT_ONNX_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    onnx.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint, or a folder by `cellray extract`")
+    onnx.add_argument("out", metavar="OUT", type=Path, help="the file to write")
+    onnx.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    onnx.add_argument("--licence", default="unknown", help="of a checkpoint; recorded in the file")
+    onnx.add_argument("--config", help="settings YAML")
+    onnx.set_defaults(run=_export_onnx)
+
+    gate = commands.add_parser(
+        "gate",
+        help="check a runtime and dtype against segment_anything's float32",
+        description="Run a model in a runtime and dtype beside segment_anything's own modules in float32, on the same "
+        "real images and prompts, and print how far apart they are. Exit code: 0 where every rule holds, 1 where one "
+        "is broken, 2 where there was nothing to compare.",
+    )
+    gate.add_argument("model", metavar="MODEL", help="a model's name, or a checkpoint")
+    gate.add_argument("--dtype", default="float32", help="what products are computed in (default: %(default)s)")
+    gate.add_argument("--runtime", default="auto", help="as in the settings (default: %(default)s)")
+    gate.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    gate.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="in place of the samples")
+    gate.add_argument("--json", action="store_true", help="the figures as JSON too, as the last line")
+    gate.add_argument("--config", help="settings YAML")
+    gate.set_defaults(run=_gate)
 
     samples = commands.add_parser("samples", help="write real sample images of many formats", add_help=False)
     samples.add_argument("rest", nargs=argparse.REMAINDER)
@@ -75,7 +134,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from cluster import weights
     from cluster.settings import ModelSettings
     from serve_app import models
     from serve_app.model import checkpoint
@@ -84,22 +142,53 @@ def _extract(arguments: argparse.Namespace) -> int:
     model = settings.models.get(arguments.checkpoint) or ModelSettings(
         source=arguments.checkpoint, licence=arguments.licence
     )
-    state, digest, trained = models.read(model, settings)
-    card = checkpoint.extract(
-        state,
-        arguments.out,
-        source=weights.public_source(model.source),
-        source_sha256=digest,
-        licence=model.licence,
-        trained=trained,
-    )
+    card, state = models.split(settings, model, arguments.out)
     print(f"{'half':8} {'part':34} {'tensors':>8} {'parameters':>12}")
     for half, part, tensors, numbers in checkpoint.parameter_table(state):
         print(f"{half:8} {part:34} {tensors:8} {numbers:12,}")
     print(f"\n{card.family}, input {card.architecture.image_size} px; written to {arguments.out}/")
     print(f"encoder.safetensors  sha256 {card.encoder_sha256}")
-    print(f"decoder.safetensors  sha256 {card.decoder_sha256}")
+    if card.decoder_sha256:
+        print(f"decoder.safetensors  sha256 {card.decoder_sha256}")
+    else:
+        print("no decoder: the checkpoint is an image encoder alone, for embeddings without masks")
     return 0
+
+
+def _export_onnx(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from cluster.settings import ModelSettings
+    from cluster.storage import mapped
+    from serve_app import models
+    from serve_app.model import onnx
+
+    settings = settings_module.load(arguments.config)
+    name, folder = arguments.model, Path(arguments.model)
+    onnx.check(arguments.out, arguments.overwrite)
+    with tempfile.TemporaryDirectory(prefix="cellray-") as temporary:
+        if name in settings.models:
+            folder = models.prepare(settings, name)
+        elif not (folder / "model.json").is_file():
+            folder = Path(temporary)
+            models.split(settings, ModelSettings(source=name, licence=arguments.licence), folder)
+        with mapped(str(arguments.out)):
+            written = onnx.export(folder, arguments.out, Path(name).name)
+    print(f"{arguments.out}  {arguments.out.stat().st_size:,} bytes")
+    for key, value in written.items():
+        print(f"{key:14}  {value}")
+    return 0
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    from jobs import gate
+
+    settings = settings_module.load(arguments.config)
+    report = gate.run(settings, arguments.model, arguments.runtime, arguments.device, arguments.dtype, arguments.image)
+    gate.show(report)
+    if arguments.json:
+        print(gate.as_json(report))
+    return 0 if report.passed else 1
 
 
 def _samples(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio.to_thread
@@ -25,10 +25,10 @@ from cluster.errors import CellrayError, Internal
 from cluster.settings import Settings
 from serve_app import ingress, models
 from serve_app.contract import ModelInfo
-from serve_app.model import automask, decoder, encoder
+from serve_app.model import automask, checkpoint, decoder, encoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
-from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts
+from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, View
 from serve_app.service import Service
 
 log = logging.getLogger("ray.serve")
@@ -62,8 +62,8 @@ class EncoderReplica:
         _use_cores()
         model = models.find(settings, name)
         device = encoder.check_device("auto")
-        self.encoder = encoder.load(models.prepare(settings, name), model.runtime, device)
-        self.model_info = models.describe(name, self.encoder.card, self.encoder.runtime, device)
+        self.encoder = encoder.load(models.prepare(settings, name), model.runtime, device, model.dtype)
+        self.model_info = models.describe(name, self.encoder.card, self.encoder.runtime, device, model.dtype)
         size = self.encoder.card.architecture.image_size
         encoder.embed(self.encoder, [np.zeros((size, size, 3), np.uint8)])  # ready means: has answered once
         seconds = time.perf_counter() - started
@@ -95,8 +95,14 @@ class DecoderReplica:
         _use_cores()
         model = models.find(settings, name)
         runtime = "reference" if model.runtime == "reference" else "auto"  # the other names are the encoder's
-        self.decoder = decoder.load(models.prepare(settings, name), runtime, "auto")
-        self.model_info = models.describe(name, self.decoder.card, self.decoder.runtime, encoder.check_device("auto"))
+        folder, device = models.prepare(settings, name), encoder.check_device("auto")
+        card = checkpoint.ModelCard.read(folder)
+        self.missing = None if card.decoder_sha256 else checkpoint.no_decoder()
+        if self.missing:  # so that embeddings are served, and whoever asks for masks is told
+            self.model_info = models.describe(name, card, "no decoder", device, model.dtype)
+            return
+        self.decoder = decoder.load(folder, runtime, "auto")
+        self.model_info = models.describe(name, self.decoder.card, self.decoder.runtime, device, model.dtype)
         embedding = np.zeros(self.model_info.embedding_shape, np.float16)
         warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
         decoder.segment(self.decoder, [DecodeRequest(embedding, (16, 16), warm_up)])
@@ -107,7 +113,7 @@ class DecoderReplica:
 
     async def segment(self, requests: list[DecodeRequest]) -> list[MaskSet | CellrayError]:
         """One MaskSet a request, or an error in its place."""
-        return await self._segment(requests)
+        return [self.missing] * len(requests) if self.missing else await self._segment(requests)
 
     @serve.batch(max_batch_size=BATCH_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=_count)
     async def _segment(self, calls: list[list[DecodeRequest]]) -> list[list[MaskSet | CellrayError]]:
@@ -116,14 +122,16 @@ class DecoderReplica:
         return [[next(answers) for _ in call] for call in calls]
 
     async def automask(
-        self, images: list[tuple[np.ndarray, Size]], options: GridOptions
+        self, images: list[tuple[Sequence[View], Size]], options: GridOptions
     ) -> list[MaskSet | CellrayError]:
-        """(embedding, original size) pairs → all their masks; one image at a time, beside the batched requests."""
-        return [await anyio.to_thread.run_sync(self._automask, embedding, size, options) for embedding, size in images]
+        """(views, original size) pairs → all their masks; one image at a time, beside the batched requests."""
+        return [await anyio.to_thread.run_sync(self._automask, views, size, options) for views, size in images]
 
-    def _automask(self, embedding: np.ndarray, size: Size, options: GridOptions) -> MaskSet | CellrayError:
+    def _automask(self, views: Sequence[View], size: Size, options: GridOptions) -> MaskSet | CellrayError:
+        if self.missing:
+            return self.missing
         try:
-            return automask.generate(self.decoder, embedding, size, options)
+            return automask.generate(self.decoder, views, size, options)
         except CellrayError as error:
             return error
         except Exception:

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,8 @@ from jobs import cli
 from serve_app import dataset
 from serve_app.contract import Embedding
 from serve_app.dataset import ShardWriter
-from serve_app.model import checkpoint, masks
+from serve_app.model import checkpoint, masks, onnx
+from serve_app.model.checkpoint import ModelCard
 from serve_app.model.masks import MaskSet
 
 
@@ -76,6 +78,76 @@ def test_extract_refuses_what_is_no_checkpoint(nano: Path, tmp_path: Path, capsy
         assert name in error or "not a Segment Anything model" in error
         assert not (tmp_path / "out").exists()
     assert not marker.exists()
+
+
+def test_extract_takes_folders_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = checkpoint.seeded("nano", 3)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    halves = [dict(list(state.items())[index::2]) for index in range(2)]
+    for index, half in enumerate(halves):
+        torch.save({f"module.{name}": tensor for name, tensor in half.items()}, folder / f"{index}.bin")
+    files = {f"module.{name}": f"{index}.bin" for index, half in enumerate(halves) for name in half}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    assert cli.main(["extract", str(folder), str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out" / "decoder.safetensors").keys() | load_file(
+        tmp_path / "out" / "encoder.safetensors"
+    ).keys() == set(state)
+    torch.save({name: state[name] for name in state if name.startswith("image_encoder.")}, tmp_path / "half.pth")
+    assert cli.main(["extract", str(tmp_path / "half.pth"), str(tmp_path / "half")]) == 0
+    assert "no decoder: the checkpoint is an image encoder alone" in capsys.readouterr().out
+    assert cli.main(["export-onnx", str(tmp_path / "half.pth"), str(tmp_path / "half.onnx")]) == 2
+    assert "give the whole checkpoint" in capsys.readouterr().err
+    (tmp_path / "file").write_bytes(b"")
+    assert cli.main(["extract", str(folder), str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_export_onnx(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decoder.onnx"
+    assert cli.main(["export-onnx", str(nano), str(out), "--licence", "CC0"]) == 0
+    printed = capsys.readouterr().out
+    said = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
+    assert (said["model"], said["licence"], said["trained"]) == ("nano.pth", "CC0", "true")
+    assert str(out) in printed
+    assert said["decoder_sha256"] in printed
+    before = out.read_bytes()
+    assert cli.main(["export-onnx", str(nano), str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main(["export-onnx", str(nano), str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert cli.main(["export-onnx", str(tmp_path / "missing.pth"), str(tmp_path / "b.onnx")]) == 1
+    assert "missing.pth" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["decoder.onnx"]
+
+
+@pytest.mark.parametrize("source", ["a name", "a folder by extract"])
+def test_export_onnx_of(source: str, nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which model is exported; the export itself is another test's."""
+    exported: list[ModelCard] = []
+
+    def export(folder: Path, out: Path, name: str) -> dict[str, str]:
+        exported.append(ModelCard.read(folder))
+        out.write_bytes(b"")
+        return {}
+
+    monkeypatch.setattr(onnx, "export", export)
+    (tmp_path / "a.onnx").write_bytes(b"before")
+    card = checkpoint.extract(
+        checkpoint.seeded("nano", 0), tmp_path / "split", source="seeded:nano:0", source_sha256=""
+    )
+    model = "nano" if source == "a name" else str(tmp_path / "split")
+    assert cli.main(["export-onnx", model, str(tmp_path / "a.onnx"), "--overwrite"]) == 0
+    assert [one.decoder_sha256 for one in exported] == [card.decoder_sha256]
+
+
+def test_export_onnx_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["export-onnx", "--help"])
+    printed = capsys.readouterr().out
+    for name in ("image_embeddings", "point_coords", "point_labels", "has_mask_input", "orig_im_size", "low_res_masks"):
+        assert name in printed
 
 
 def test_show_draws_images_masks_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.server
 import io
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -30,10 +32,11 @@ from cluster.errors import (
 )
 from cluster.settings import ModelSettings, Settings, StorageSettings
 from cluster.storage import Storage
-from serve_app import models
+from serve_app import deployments, models
 from serve_app.model import checkpoint
 from serve_app.model import state as state_module
 from serve_app.model.checkpoint import ModelCard
+from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts
 from tests.s3 import S3, s3_fixture  # noqa: F401
 
 HALVES = ("encoder.safetensors", "decoder.safetensors")
@@ -299,3 +302,41 @@ def test_two_processes_at_once_make_one_folder(
     assert len(folders) == 1
     is_the_checkpoint(Path(folders.pop()), state)
     assert len([name for name in os.listdir(made.weights_dir) if not name.endswith(".lock")]) == 1
+
+
+def test_an_encoder_alone_is_served_and_says_why_it_makes_no_masks(
+    state: checkpoint.State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({name: state[name] for name in state if name.startswith("image_encoder.")}, tmp_path / "encoder.pth")
+    made = settings(tmp_path, str(tmp_path / "encoder.pth"))
+    monkeypatch.setattr(deployments, "_use_cores", lambda: None)
+    assert deployments.EncoderReplica(made, "mine").info().family == "nano"
+    replica = deployments.DecoderReplica(made, "mine")
+    assert replica.info().decoder_sha256 == ""
+    size, embedding = (10, 10), np.zeros((256, 32, 32), np.float16)
+    request = DecodeRequest(embedding, size, Prompts(boxes=np.array([[1, 1, 5, 5]], np.float32)))
+    answers = [*asyncio.run(replica.segment([request, request]))]
+    answers += asyncio.run(replica.automask([([], size)], GridOptions()))
+    assert [type(answer) for answer in answers] == [InvalidCheckpoint] * 3
+    assert "give the whole checkpoint" in str(answers[0])
+
+
+def test_a_folder_is_a_source_and_any_of_its_files_makes_another_model(state: checkpoint.State, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(save(state))
+    (folder / "config.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"not read")
+    made = settings(tmp_path, str(folder))
+    first = models.prepare(made, "mine")
+    card = is_the_checkpoint(first, state)
+    lines = f"{digest(b'{}')}  config.json\n{digest(save(state))}  model.safetensors\n"
+    assert card.source_sha256 == digest(lines.encode())
+    (folder / "optimizer.pt").write_bytes(b"another")
+    assert models.prepare(made, "mine") == first
+    assert models.prepare(settings(tmp_path, str(folder), digest(lines.encode())), "mine") != first
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    second = models.prepare(made, "mine")
+    assert second != first
+    assert ModelCard.read(second).pixel_mean == (127.5, 127.5, 127.5)
+    assert "sha256" in refused(InvalidCheckpoint, settings(tmp_path / "other", str(folder), digest(lines.encode())))

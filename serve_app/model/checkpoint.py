@@ -412,7 +412,7 @@ def load_half(folder: Path, half: str, card: ModelCard) -> dict[str, Any]:
     path = folder / f"{half}.safetensors"
     expected = card.encoder_sha256 if half == ENCODER else card.decoder_sha256
     if not expected:
-        raise no_decoder(card)
+        raise no_decoder()
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
@@ -420,8 +420,8 @@ def load_half(folder: Path, half: str, card: ModelCard) -> dict[str, Any]:
     return load_file(path)
 
 
-def no_decoder(card: ModelCard) -> InvalidCheckpoint:
+def no_decoder() -> InvalidCheckpoint:
     return InvalidCheckpoint(
-        f"{card.source} is an image encoder alone: it makes embeddings, and has no prompt encoder and mask decoder for "
-        "masks; give the whole checkpoint as the model's source"
+        "the model's checkpoint is an image encoder alone: it makes embeddings, and has no prompt encoder and mask "
+        "decoder for masks; give the whole checkpoint as its source"
     )
