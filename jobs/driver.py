@@ -161,6 +161,7 @@ def execute(
         "licence": model.licence,
         "trained": str(model.trained).lower(),
         "preprocess": model.preprocess,
+        "compute_dtype": model.dtype,
     }
     reporter = _Reporter(job, images, before)
     try:

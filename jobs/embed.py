@@ -49,6 +49,7 @@ def _run(job: Job) -> int:
         "encoder_sha256": info.encoder_sha256,
         "preprocess": info.preprocess,
         "dtype": contract.DTYPE,
+        "compute_dtype": info.dtype,
     }
     work = shards(files, job.arguments.shard_images)
     context = (job.settings, job.output, info, job.arguments.batch)
@@ -57,7 +58,7 @@ def _run(job: Job) -> int:
 
 def embedding(read: ReadImage, array: np.ndarray, info: ModelInfo) -> Embedding:
     return Embedding(
-        embedding_id=contract.embedding_id(read.image_id, info.encoder_sha256),
+        embedding_id=contract.embedding_id(read.image_id, info.encoder_sha256, info.dtype),
         image_id=read.image_id,
         model=info.name,
         encoder_sha256=info.encoder_sha256,

@@ -100,6 +100,7 @@ def _run(job: Job) -> int:
         "model": info.name,
         "encoder_sha256": info.encoder_sha256,
         "decoder_sha256": info.decoder_sha256,
+        "compute_dtype": info.dtype,
         "preprocess": info.preprocess,
         "embeddings": absolute(arguments.embeddings) if arguments.embeddings else None,
         "prompts": _hash(table) if table is not None else None,

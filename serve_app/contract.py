@@ -11,7 +11,7 @@ from serve_app.model.preprocess import PREPROCESS, Size
 
 APP_NAME = "cellray"
 INGRESS = "ingress"
-DTYPE = "float16"
+DTYPE = "float16"  # of embeddings as they travel and are kept; what they are computed in is a model's setting
 
 
 def encoder_deployment(model: str) -> str:
@@ -28,14 +28,16 @@ def image_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def embedding_id(image: str, encoder_sha256: str) -> str:
-    """sha256 over what an embedding is a function of: image, preprocessing, encoder and dtype. Hex."""
-    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, DTYPE)).encode()).hexdigest()
+def embedding_id(image: str, encoder_sha256: str, dtype: str) -> str:
+    """sha256 over what an embedding is a function of: image, preprocessing, encoder, the dtype it is kept in, and
+    `dtype`, what it was computed in. Hex."""
+    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, DTYPE, dtype)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex."""
+    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex; `dtype` is what products are
+    computed in."""
 
     name: str
     family: str
@@ -48,6 +50,7 @@ class ModelInfo:
     trained: bool
     runtime: str
     device: str
+    dtype: str
     preprocess: str = PREPROCESS
 
     @property

@@ -53,7 +53,7 @@ class Service:
         """
         info = await self.info(model)
         image_id = contract.image_id(data)
-        embedding_id = contract.embedding_id(image_id, info.encoder_sha256)
+        embedding_id = contract.embedding_id(image_id, info.encoder_sha256, info.dtype)
         known = self.store.recall(embedding_id)
         if known:
             return known

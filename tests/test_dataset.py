@@ -56,7 +56,7 @@ def embedding(number: int, grid: tuple[int, int] = (4, 4)) -> Embedding:
     image = contract.image_id(b"%d" % number)
     random = np.random.default_rng(number)
     return Embedding(
-        embedding_id=contract.embedding_id(image, ENCODER),
+        embedding_id=contract.embedding_id(image, ENCODER, "float32"),
         image_id=image,
         model="nano",
         encoder_sha256=ENCODER,

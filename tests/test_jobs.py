@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -17,11 +18,12 @@ import httpx
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 
 from cluster import settings
-from jobs import embed, segment
+from jobs import embed, replicas, segment
 from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -77,7 +79,8 @@ def test_three_readers_see_what_the_model_computed(app: App, embedded: str, samp
         .to_dict("records"),
     ]
     for (row,) in rows:
-        assert row["embedding_id"] == contract.embedding_id(contract.image_id(path.read_bytes()), row["encoder_sha256"])
+        image_id = contract.image_id(path.read_bytes())
+        assert row["embedding_id"] == contract.embedding_id(image_id, row["encoder_sha256"], "float32")
         array = np.frombuffer(bytes(row["embedding"]), "<f2").reshape(list(row["shape"]))
         assert array.shape == (256, 32, 32)
         np.testing.assert_allclose(array.astype(np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=2e-3)
@@ -115,6 +118,27 @@ def test_another_plan_is_refused_with_the_difference(
     error = capsys.readouterr().err
     assert "images: 40 there, 3 here" in error
     assert "shard_images: 12 there, 256 here" in error
+
+
+def test_another_dtype_is_another_plan_but_its_embeddings_are_good(
+    app: App,
+    embedded: str,
+    sample_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    connect = replicas.connect
+    monkeypatch.setattr(replicas, "connect", lambda model: replace(connect(model), dtype="bfloat16"))
+    arguments = ("--max-error-rate", 0.5, "--shard-images", 12)
+    assert run(embed, app, sample_images, embedded, *arguments) == 1
+    assert "compute_dtype: float32 there, bfloat16 here" in capsys.readouterr().err
+    one = sample_images / "coins_grey8.png"
+    assert run(segment, app, one, tmp_path / "out", "--embeddings", embedded, *GRID) == 0
+    found = dataset.open(str(tmp_path / "out"))
+    for uri, _ in found.files(dataset.MASKS):
+        assert pq.read_schema(uri).metadata[b"cellray.compute_dtype"] == b"bfloat16"
+    assert report(tmp_path / "out", "segment")["model"]["dtype"] == "bfloat16"
 
 
 def test_segments_stored_embeddings_without_images_or_encoder(

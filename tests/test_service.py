@@ -44,6 +44,7 @@ def test_says_what_it_serves(http: httpx.Client) -> None:
     (model,) = http.get("/v1/models").json()
     assert model["name"] == "nano"
     assert model["trained"] is False
+    assert model["dtype"] == "float32"
     assert "untrained" in model["note"]
     assert http.get("/docs").status_code == 200
     assert "/v1/segment" in http.get("/openapi.json").json()["paths"]

@@ -35,7 +35,10 @@ class ReferenceEncoder:
 
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         if dtype != "float32":
-            raise InvalidSettings(f"runtime 'reference' computes in float32, not {dtype}; 'openvino' offers bfloat16")
+            raise InvalidSettings(
+                f"runtime 'reference' computes in float32, not in {dtype}: set dtype to 'float32', or take OpenVINO on "
+                "a CPU (runtime 'openvino', pip install 'cellray[cpu]')"
+            )
         self.card = checkpoint.ModelCard.read(folder)
         self.runtime = f"reference float32 on {device}"
         self.device = device
