@@ -14,7 +14,7 @@ from serve_app import contract
 from serve_app.contract import ModelInfo
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
-from serve_app.model.prompts import DecodeRequest, GridOptions
+from serve_app.model.prompts import DecodeRequest, GridOptions, View
 
 INFO_TIMEOUT_S = 120.0  # a model that was scaled to zero starts first
 
@@ -53,9 +53,10 @@ def decoder(model: str, timeout_s: float) -> Callable[[list[DecodeRequest]], lis
 
 def automask(
     model: str, options: GridOptions, timeout_s: float
-) -> Callable[[list[tuple[np.ndarray, Size]]], list[MaskSet | CellrayError]]:
-    handle = _handle(contract.decoder_deployment(model))
-    return lambda images: handle.automask.remote(images, options).result(timeout_s=timeout_s)
+) -> Callable[[list[tuple[list[View], Size]]], list[MaskSet | CellrayError]]:
+    """One call an image: each may take long."""
+    call = _handle(contract.decoder_deployment(model)).automask.remote
+    return lambda images: [call([image], options).result(timeout_s=timeout_s)[0] for image in images]
 
 
 def _handle(deployment: str) -> DeploymentHandle:

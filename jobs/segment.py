@@ -7,8 +7,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 
 import numpy as np
 import ray
@@ -28,7 +28,7 @@ from serve_app import dataset
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.dataset import ShardWriter
 from serve_app.model.masks import MaskSet
-from serve_app.model.prompts import DecodeRequest, GridOptions, point_grid
+from serve_app.model.prompts import DecodeRequest, GridOptions, crops
 
 NAME = "segment"
 DESCRIPTION = """Write instance masks for the images of INPUT to OUTPUT, from prompts or from a grid of points.
@@ -72,11 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--grid", type=int, metavar="N", help=f"find all objects from N × N points (default: {DEFAULT_GRID})"
     )
     made.add_argument("--multimask", action="store_true", help="with --prompts: three masks a prompt, not one")
-    defaults = GridOptions()
-    grid = made.add_argument_group("grid", "thresholds, as in segment_anything's SamAutomaticMaskGenerator")
-    for name in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
-        option = "--" + name.replace("_", "-")
-        grid.add_argument(option, type=float, default=getattr(defaults, name), help="(default: %(default)s)")
+    grid = made.add_argument_group("grid", "options of segment_anything's SamAutomaticMaskGenerator")
+    for field in fields(GridOptions)[1:]:
+        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        grid.add_argument(option, type=kind, default=field.default, metavar="X", help="(default: %(default).3g)")
     return driver.main(NAME, made, _run, argv)
 
 
@@ -118,13 +117,11 @@ def _options(arguments: argparse.Namespace) -> Options:
         return Options(arguments.multimask, None, from_embeddings)
     if arguments.multimask:
         raise InvalidInput("--multimask goes with --prompts; a grid always looks at three masks a point")
-    grid = GridOptions(
-        DEFAULT_GRID if arguments.grid is None else arguments.grid,
-        arguments.pred_iou_thresh,
-        arguments.stability_score_thresh,
-        arguments.box_nms_thresh,
-    )
+    given = {field.name: getattr(arguments, field.name) for field in fields(GridOptions)[1:]}
+    grid = GridOptions(DEFAULT_GRID if arguments.grid is None else arguments.grid, **given)
     grid.check()
+    if grid.crop_n_layers and from_embeddings:
+        raise InvalidInput("--crop-n-layers needs the images' pixels: leave out --embeddings, which holds whole images")
     return Options(False, grid, from_embeddings)
 
 
@@ -165,13 +162,15 @@ def _stored(job: Job, info: ModelInfo, files: list[File]) -> dict[str, tuple[str
 
 
 Item = tuple[Source, Embedding | ReadImage]
+Embedded = tuple[Embedding, list[np.ndarray]]  # of the whole image, and of its crops
 Answer = tuple[Embedding, MaskSet]
 
 
 class _Segmenter:
     """Reads and segments sources; `read` and `call` are the two ends of a shard's pipeline."""
 
-    def __init__(self, settings: Settings, info: ModelInfo, options: Options) -> None:
+    def __init__(self, settings: Settings, info: ModelInfo, batch: int, options: Options) -> None:
+        self.batch = batch
         self.storage, self.limits, self.info, self.options = Storage(settings.storage), settings.limits, info, options
         timeout_s = settings.limits.request_timeout_s
         self.encode = replicas.encoder(info.name, timeout_s)
@@ -180,7 +179,7 @@ class _Segmenter:
 
     def read(self, source: Source) -> Item:
         if not self.options.from_embeddings:
-            return source, images.read(self.storage, source.file, self.info.image_size, self.limits)
+            return source, images.read(self.storage, source.file, self.info.image_size, self.limits, self.options.grid)
         if source.stored is None:
             raise NotFound("its embedding is not in the data set: it failed there, or was added later")
         uri, row = source.stored
@@ -189,34 +188,46 @@ class _Segmenter:
     def call(self, items: list[Item]) -> list[Answer | CellrayError]:
         embeddings = self._embed([item for _, item in items])
         pairs = zip((source for source, _ in items), embeddings, strict=True)
-        ready = [(source, one) for source, one in pairs if isinstance(one, Embedding)]
+        ready = [(source, one) for source, one in pairs if not isinstance(one, CellrayError)]
         found = iter(self._segment(ready) if ready else [])
         answers: list[Answer | CellrayError] = []
         for one in embeddings:
-            masks = one if isinstance(one, CellrayError) else next(found)
-            answers.append(masks if isinstance(masks, CellrayError) else (cast(Embedding, one), masks))
+            if isinstance(one, CellrayError):
+                answers.append(one)
+                continue
+            masks = next(found)
+            answers.append(masks if isinstance(masks, CellrayError) else (one[0], masks))
         return answers
 
-    def _embed(self, items: list[Embedding | ReadImage]) -> list[Embedding | CellrayError]:
-        """Stored embeddings as they are; images through the encoder, all in one call."""
+    def _embed(self, items: list[Embedding | ReadImage]) -> list[Embedded | CellrayError]:
+        """Stored embeddings as they are; images and their crops through the encoder, a batch at a time."""
         fresh = [item for item in items if isinstance(item, ReadImage)]
-        arrays = iter(self.encode([item.image.pixels for item in fresh]) if fresh else [])
-        results: list[Embedding | CellrayError] = []
+        pixels = [part for item in fresh for part in (item.image.pixels, *item.crops)]
+        starts = range(0, len(pixels), self.batch)
+        arrays = iter([array for start in starts for array in self.encode(pixels[start : start + self.batch])])
+        results: list[Embedded | CellrayError] = []
         for item in items:
             if isinstance(item, Embedding):
-                results.append(item)
+                results.append((item, []))
                 continue
-            array = next(arrays)
-            results.append(embedding(item, array, self.info) if isinstance(array, np.ndarray) else array)
+            answers = list(islice(arrays, 1 + len(item.crops)))
+            good = [one for one in answers if isinstance(one, np.ndarray)]
+            failed = next((one for one in answers if isinstance(one, CellrayError)), None)
+            results.append(failed or (embedding(item, good[0], self.info), good[1:]))
         return results
 
-    def _segment(self, ready: list[tuple[Source, Embedding]]) -> list[MaskSet | CellrayError]:
-        if self.automask:
-            return self.automask([(one.array, one.original) for _, one in ready])
+    def _segment(self, ready: list[tuple[Source, Embedded]]) -> list[MaskSet | CellrayError]:
+        if self.automask and self.options.grid:
+            return self.automask(
+                [
+                    (list(zip([one.array, *rest], crops(one.original, self.options.grid), strict=True)), one.original)
+                    for _, (one, rest) in ready
+                ]
+            )
         return self.decode(
             [
                 DecodeRequest(one.array, one.original, source.prompts.prompts, self.options.multimask)
-                for source, one in ready
+                for source, (one, _) in ready
                 if source.prompts is not None
             ]
         )
@@ -235,8 +246,9 @@ def _shard(
 ) -> Iterator[Progress]:
     memory.give_back()
     progress = Progress(index)
-    segmenter = _Segmenter(settings, info, options)
-    held = 3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape))
+    segmenter = _Segmenter(settings, info, batch, options)
+    views = len(crops((info.image_size, info.image_size), options.grid)) if options.grid else 1
+    held = views * (3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape)))
     pipeline = Pipeline[Source, Item, Answer](
         segmenter.read, segmenter.call, lambda source: source.file.size + held, batch, progress
     )
@@ -244,8 +256,8 @@ def _shard(
         for done in pipeline.run(sources):
             progress.images += 1
             uri = done.source.file.uri
-            if not options.from_embeddings and not isinstance(done.item, CellrayError):
-                progress.encoder_calls += 1
+            if isinstance(done.item, tuple) and isinstance(done.item[1], ReadImage):
+                progress.encoder_calls += 1 + len(done.item[1].crops)
             if isinstance(done.item, CellrayError):
                 progress.errors += 1
                 writer.add(dataset.ERRORS, dataset.error_row(uri, "read", done.item))
@@ -269,8 +281,13 @@ def _prompt_texts(source: Source, found: MaskSet, options: Options) -> tuple[dic
     if source.prompts is not None:
         return dict(enumerate(source.prompts.texts)), source.prompts.type
     assert options.grid is not None
-    points = point_grid(options.grid.points_per_side, found.size)
-    return {int(i): json.dumps({"points": points[i].tolist(), "labels": [1]}) for i in found.prompt_index}, "grid"
+    whole, *parts = crops(found.size, options.grid)
+    asked = [({"points": point, "labels": [1]}) for point in whole.points().tolist()]
+    for crop in parts:
+        x0, y0, x1, y1 = crop.box
+        box = [x0, y0, x1 - x0, y1 - y0]
+        asked += [{"points": point, "labels": [1], "crop_box": box} for point in crop.points().tolist()]
+    return {int(index): json.dumps(asked[index]) for index in found.prompt_index}, "grid"
 
 
 if __name__ == "__main__":

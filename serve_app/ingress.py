@@ -6,7 +6,7 @@ import io
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -28,6 +28,7 @@ log = logging.getLogger("ray.serve")
 
 NPZ, RAW = "application/x-npz", "application/octet-stream"
 RETRY_AFTER_S = 2
+GRID_FIELDS = [field.name for field in fields(GridOptions)][1:]
 UNTRAINED = "untrained: random weights, the numbers mean nothing"
 
 
@@ -49,6 +50,28 @@ class SegmentBody(BaseModel):
     )
     multimask: bool = Field(False, description="three masks a prompt: whole, part, subpart")
     grid: int | None = Field(None, description="points a side; finds all objects. Excludes boxes and points")
+    pred_iou_thresh: float | None = Field(None, description="with grid, as all below: masks under it are dropped")
+    stability_score_thresh: float | None = Field(None, description="masks under it are dropped")
+    stability_score_offset: float | None = Field(None, description="logits above and below the cut that it compares")
+    box_nms_thresh: float | None = Field(None, description="of two boxes with a greater IoU the worse mask is dropped")
+    crop_n_layers: int | None = Field(None, description="layers of 4ⁿ crops to look at too; needs the image")
+    crop_nms_thresh: float | None = Field(None, description="as box_nms_thresh, between crops")
+    crop_overlap_ratio: float | None = Field(None, description="of the short side, between the first layer's crops")
+    crop_n_points_downscale_factor: int | None = Field(None, description="layer n has grid / factorⁿ points a side")
+    min_mask_region_area: int | None = Field(None, description="smaller holes and islands are removed; pixels")
+
+    def grid_options(self) -> GridOptions | None:
+        """None without a grid."""
+        given = {name: value for name in GRID_FIELDS if (value := getattr(self, name)) is not None}
+        if self.grid is None:
+            if given:
+                raise InvalidPrompt(f"{next(iter(given))} goes with grid")
+            return None
+        if self.boxes is not None or self.points is not None:
+            raise InvalidPrompt("grid excludes boxes and points")
+        options = GridOptions(self.grid, **given)
+        options.check()
+        return options
 
     def prompts(self) -> Prompts:
         boxes = None if self.boxes is None else np.array(self.boxes, np.float32).reshape(-1, 4)
@@ -197,16 +220,15 @@ def create_app(service: Service) -> FastAPI:
         """JSON with an `embedding_id`, which never runs the encoder, or multipart with parts `image` and `request`."""
         image, text = await _body(request, service.limits.image_bytes)
         body = _parse(text)
+        options = body.grid_options()
         if (image is None) == (body.embedding_id is None):
             raise InvalidInput("send either an image (multipart) or an embedding_id, not both and not neither")
         if image is not None:
             embedding, info = await service.embed(image, body.model), await service.info(body.model)
         else:
             embedding, info = await service.embedding(body.embedding_id or "", body.model)
-        if body.grid is not None:
-            if body.boxes is not None or body.points is not None:
-                raise InvalidPrompt("grid excludes boxes and points")
-            found = await service.automask(embedding, info.name, GridOptions(points_per_side=body.grid))
+        if options:
+            found = await service.automask(embedding, info, options, image)
         else:
             found = await service.segment(embedding, info.name, body.prompts(), body.multimask)
         return _segment_answer(found, embedding, info)

@@ -11,15 +11,26 @@ import numpy as np
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.errors import CellrayError, DeadlineExceeded, Internal, InvalidPrompt, NotFound, Overloaded, Unavailable
+from cluster.errors import (
+    CellrayError,
+    DeadlineExceeded,
+    Internal,
+    InvalidInput,
+    InvalidPrompt,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from cluster.settings import Settings
 from serve_app import contract
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.model import preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
-from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts
+from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, crops
 from serve_app.store import EmbeddingStore
+
+CROPS_A_CALL = 8  # of one image to an encoder
 
 
 class Service:
@@ -97,10 +108,28 @@ class Service:
         (found,) = await self._call(self.decoders[model].segment.remote([request]))
         return _value(found)
 
-    async def automask(self, embedding: Embedding, model: str, options: GridOptions) -> MaskSet:
+    async def automask(
+        self, embedding: Embedding, info: ModelInfo, options: GridOptions, data: bytes | None = None
+    ) -> MaskSet:
+        """All masks of an image; its file `data` is needed only for crops, which are embedded first.
+
+        Raises:
+            InvalidInput, InvalidEmbedding, Unavailable, DeadlineExceeded
+        """
         options.check()
-        handle = self.decoders[model].automask
-        (found,) = await self._call(handle.remote([(embedding.array, embedding.original)], options))
+        whole, *parts = crops(embedding.original, options)
+        views = [(embedding.array, whole)]
+        if parts:
+            if data is None:
+                raise InvalidInput("crop_n_layers needs the image itself: an embedding is of the whole image")
+            pixels = await anyio.to_thread.run_sync(preprocess.decode, data, self.limits.image_pixels)
+            for start in range(0, len(parts), CROPS_A_CALL):
+                some = parts[start : start + CROPS_A_CALL]
+                cut = [await anyio.to_thread.run_sync(crop.cut, pixels, info.image_size) for crop in some]
+                arrays = await self._call(self.encoders[info.name].encode.remote(cut))
+                views += zip(map(_value, arrays), some, strict=True)
+        handle = self.decoders[info.name].automask
+        (found,) = await self._call(handle.remote([(views, embedding.original)], options))
         return _value(found)
 
     async def ready(self) -> None:

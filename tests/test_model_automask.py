@@ -18,12 +18,11 @@ from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.utils import amg
 
 from cluster.errors import InvalidEmbedding, InvalidInput
-from serve_app.model import automask, checkpoint, decoder, encoder, masks, preprocess
-from serve_app.model.automask import View
+from serve_app.model import automask, checkpoint, decoder, encoder, masks
 from serve_app.model.decoder import Decoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
-from serve_app.model.prompts import Crop, GridOptions, crops, point_grid
+from serve_app.model.prompts import Crop, GridOptions, View, crops, point_grid
 from tests import weights_of_sam
 
 pytest.importorskip("skimage")
@@ -60,8 +59,7 @@ def image(size: Size) -> np.ndarray:
 @functools.cache
 def views_of(folder: Path, size: Size, options: GridOptions) -> list[View]:
     encode = encoder.load(folder).encode
-    parts = [(crop.cut(image(size)), crop) for crop in crops(size, options)]
-    return [(encode([preprocess.resize(pixels, 256).pixels])[0].numpy(), crop) for pixels, crop in parts]
+    return [(encode([crop.cut(image(size), 256)])[0].numpy(), crop) for crop in crops(size, options)]
 
 
 @pytest.fixture(scope="module")

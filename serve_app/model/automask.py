@@ -15,12 +15,10 @@ from serve_app.model import masks
 from serve_app.model.decoder import Decoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
-from serve_app.model.prompts import Crop, DecodeRequest, GridOptions, Prompts, point_grid
+from serve_app.model.prompts import Crop, DecodeRequest, GridOptions, Prompts, View, point_grid
 
 EDGE_PIXELS = 20.0  # masks that end so near an edge of their crop are cut off by it; as `is_box_near_crop_edge`
 WAITING_BYTES = 256 << 20  # logits of masks that may yet fall to a better one; past it masks are made of all of them
-
-View = tuple[np.ndarray, Crop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class _Candidates:
 def generate(decoder: Decoder, views: Sequence[View], original: Size, options: GridOptions) -> MaskSet:
     """All masks of an image of `original` (height, width) that pass the options.
 
-    views: for each of `prompts.crops(original, options)` its embedding [256, g, g] float16 or float32, and itself.
+    views: each of `prompts.crops(original, options)` with its embedding.
     Best predicted IoU first; with several views the smaller crops before that, and with a min_mask_region_area the
     masks that it left alone. `prompt_index` counts the points of all views, in their order.
 

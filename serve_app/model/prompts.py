@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.errors import InvalidInput, InvalidPrompt
-from serve_app.model.preprocess import Size
+from serve_app.model.preprocess import Size, resize
 
 MAX_GRID = 128
 MAX_CROP_LAYERS = 3  # 84 crops
@@ -165,14 +165,18 @@ class Crop:
         x0, y0, x1, y1 = self.box
         return y1 - y0, x1 - x0
 
-    def cut(self, pixels: np.ndarray) -> np.ndarray:
-        """[height, width, 3] of the image → the crop's own pixels, copied unless it is the whole."""
+    def cut(self, pixels: np.ndarray, image_size: int) -> np.ndarray:
+        """[height, width, 3] uint8 of the image → [h, w, 3] of the crop, its long side at `image_size`."""
         x0, y0, x1, y1 = self.box
-        return np.ascontiguousarray(pixels[y0:y1, x0:x1])
+        return resize(np.ascontiguousarray(pixels[y0:y1, x0:x1]), image_size).pixels
 
     def points(self) -> np.ndarray:
         """[points_per_side², 1, 2] float32 (x, y) in pixels of the image."""
         return point_grid(self.points_per_side, self.size) + np.array(self.box[:2], np.float32)
+
+
+View = tuple[np.ndarray, Crop]
+"""A crop, or the whole image, and its embedding [256, g, g] float16 or float32."""
 
 
 def crops(size: Size, options: GridOptions) -> list[Crop]:
