@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "real images and prompts, and print how far apart they are. Exit code: 0 where every rule holds, 1 where one "
         "is broken, 2 where there was nothing to compare.",
     )
-    gate.add_argument("model", metavar="MODEL", help="a model's name, or a checkpoint")
+    gate.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint, or a folder by `cellray extract`")
     gate.add_argument("--dtype", default="float32", help="what products are computed in (default: %(default)s)")
     gate.add_argument("--runtime", default="auto", help="as in the settings (default: %(default)s)")
     gate.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
@@ -158,6 +158,7 @@ def _extract(arguments: argparse.Namespace) -> int:
 def _export_onnx(arguments: argparse.Namespace) -> int:
     import tempfile
 
+    from cluster import weights
     from cluster.settings import ModelSettings
     from cluster.storage import mapped
     from serve_app import models
@@ -173,7 +174,7 @@ def _export_onnx(arguments: argparse.Namespace) -> int:
             folder = Path(temporary)
             models.split(settings, ModelSettings(source=name, licence=arguments.licence), folder)
         with mapped(str(arguments.out)):
-            written = onnx.export(folder, arguments.out, Path(name).name)
+            written = onnx.export(folder, arguments.out, Path(weights.public_source(name)).name)
     print(f"{arguments.out}  {arguments.out.stat().st_size:,} bytes")
     for key, value in written.items():
         print(f"{key:14}  {value}")

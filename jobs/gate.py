@@ -42,9 +42,12 @@ def run(settings: Settings, model: str, runtime: str, device: str, dtype: str, p
 
 @contextmanager
 def _split(settings: Settings, model: str) -> Iterator[Path]:
-    """The folder of a named model, or of a checkpoint that is split for the length of the `with`."""
+    """The folder of a named model, one by `cellray extract`, or a checkpoint's, split while it is needed."""
     if model in settings.models:
         yield models.prepare(settings, model)
+        return
+    if (Path(model) / "model.json").is_file():
+        yield Path(model)
         return
     with tempfile.TemporaryDirectory(prefix="cellray-gate-") as folder:
         models.split(settings, ModelSettings(source=model), Path(folder))
