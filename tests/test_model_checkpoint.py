@@ -246,6 +246,13 @@ def test_what_would_run_is_named(tmp_path: Path) -> None:
     assert "torch.save(model.state_dict(), …)" in message
 
 
+def test_a_mapping_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"epoch": 3}
+    endless["model"] = endless
+    (tmp_path / "a.pth").write_bytes(saved(endless))
+    assert "flat mapping" in refused(state_module.read, tmp_path / "a.pth")
+
+
 # Encoders alone
 
 

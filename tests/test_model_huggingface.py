@@ -197,6 +197,9 @@ def test_a_vision_model_is_an_encoder_alone(tmp_path: Path) -> None:
     card = extracted(tmp_path, tmp_path / "out")
     assert (card.family, card.decoder_sha256) == ("nano", "")
     assert encoder.load(tmp_path / "out").encode([np.zeros((*SIZE, 3), np.uint8)]).shape == (1, 256, 32, 32)
+    bare = {name.removeprefix("vision_encoder."): value for name, value in load_file(one(tmp_path)).items()}
+    torch.save(bare, tmp_path / "bare.pth")
+    assert extracted(tmp_path / "bare.pth", tmp_path / "bare") == card
 
 
 # What is refused

@@ -1,6 +1,7 @@
 """Checkpoints: recognised by their shapes, split into an encoder and a decoder, kept as safetensors.
 
 A split model is a folder: `encoder.safetensors`, `decoder.safetensors`, `model.json`. Each replica reads only its half.
+A checkpoint of an encoder alone gives no second file, and a card whose `decoder_sha256` is empty.
 Sizes come from the tensors themselves, so any Segment Anything ViT is read, not only B, L and H.
 """
 
@@ -106,6 +107,8 @@ class ModelCard:
 
 def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
     """The family's name (`custom` where sizes are nobody's) and the sizes, read off the tensors.
+
+    Of an encoder alone, the decoder's sizes are those of the family, or segment_anything's.
 
     Raises:
         InvalidCheckpoint: the tensors are not those of a Segment Anything model: names the first that is missing.

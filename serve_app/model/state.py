@@ -26,6 +26,7 @@ FOLDER_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model
 ADVICE = "expected a state dict saved by torch.save, or safetensors"
 WOULD_RUN = ("Unsupported global", "Unsupported operand", "Unsupported class")  # torch's words for refused code
 WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")  # where trainers put the weights
+MAX_WRAPPERS = 4  # one in another; a mapping may hold itself
 ROOTS = {  # a tensor that every encoder has → what is missing in front of it
     "image_encoder.patch_embed.proj.weight": "",
     huggingface.LANDMARK: "",
@@ -116,8 +117,8 @@ def _load(path: Path) -> Any:
 
 def _unwrapped(loaded: Any, file: str) -> State:
     """The innermost mapping under WRAPPERS; what stands beside it (epoch, optimizer) is the trainer's."""
-    while isinstance(loaded, Mapping):
-        inner = [name for name in WRAPPERS if isinstance(loaded.get(name), Mapping)]
+    for _ in range(MAX_WRAPPERS):
+        inner = [name for name in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping)]
         if len(inner) > 1:
             raise InvalidCheckpoint(f"{file} holds several models, {' and '.join(inner)}: {ADVICE} with one of them")
         if not inner:
@@ -125,16 +126,14 @@ def _unwrapped(loaded: Any, file: str) -> State:
         loaded = loaded[inner[0]]
     if not isinstance(loaded, Mapping):
         raise InvalidCheckpoint(f"{file} does not hold a mapping of names to tensors: {ADVICE}")
-    others = [shown(name) for name, value in loaded.items() if not isinstance(name, str) or not _is_tensor(value)]
+    others = [
+        shown(name) for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
     if others:
         raise InvalidCheckpoint(
             f"{file} does not hold a flat mapping of names to tensors ({', '.join(others[:3])}): {ADVICE}"
         )
     return {name: value.detach() for name, value in loaded.items()}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _named(state: State, file: str) -> State:
