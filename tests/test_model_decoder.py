@@ -19,7 +19,7 @@ from segment_anything.utils.amg import calculate_stability_score
 
 from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidInput, InvalidPrompt, InvalidSettings
 from serve_app.model import checkpoint, decoder, encoder, masks, preprocess
-from serve_app.model.decoder import Decoder
+from serve_app.model.decoder import Decoded, Decoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import DecodeRequest, Prompts, point_grid
 from tests import weights_of_sam
@@ -54,9 +54,11 @@ def sam(state: checkpoint.State) -> Sam:
     return weights_of_sam.filled("nano", state)
 
 
-@pytest.fixture(scope="module", params=["reference", "fast"])
+@pytest.fixture(scope="module", params=["reference", "fast", "openvino"])
 def nano(request: pytest.FixtureRequest, folder: Path) -> Decoder:
-    """Every test runs on both decoders."""
+    """Every test runs on all decoders."""
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
     return decoder.load(folder, request.param)
 
 
@@ -198,20 +200,20 @@ def test_a_bad_embedding_fails_alone(kind: str, nano: Decoder, request_: DecodeR
 
 
 class Failing:
-    """A decoder that runs out of memory on the second call."""
+    """A decoder that runs out of memory on several requests, and on two prompts."""
 
     def __init__(self, inner: Decoder) -> None:
-        self.inner, self.card, self.calls = inner, inner.card, 0
+        self.inner, self.card, self.chunk = inner, inner.card, inner.chunk
 
-    def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
-        self.calls += 1
-        if self.calls == 2:
+    def decode(self, requests: list[DecodeRequest]) -> list[Decoded]:
+        if len(requests) > 1 or len(requests[0].prompts) == 2:
             raise torch.OutOfMemoryError("out of memory:\nsecrets")
-        return self.inner.logits(request)
+        return self.inner.decode(requests)
 
 
 def test_a_failure_of_ours_fails_alone_too(nano: Decoder, request_: DecodeRequest) -> None:
-    answers = decoder.segment(Failing(nano), [request_] * 3)
+    two = replace(request_, prompts=request_.prompts.take(slice(2)))
+    answers = decoder.segment(Failing(nano), [request_, two, request_])
     assert [type(answer) for answer in answers] == [MaskSet, Internal, MaskSet]
     assert "secrets" not in str(answers[1])
 
@@ -260,16 +262,19 @@ def test_no_prompts_give_no_masks(nano: Decoder, request_: DecodeRequest) -> Non
     assert decoder.segment(nano, []) == []
 
 
-@pytest.mark.parametrize("limit", [("PROMPTS_A_CHUNK", 16), ("PIXELS_A_CHUNK", 5 * SIZE[0] * SIZE[1])])
+@pytest.mark.parametrize("limit", ["prompts", "pixels"])
 def test_more_prompts_than_a_chunk(
-    limit: tuple[str, int], nano: Decoder, request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch
+    limit: str, nano: Decoder, request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one by one, to where rounding differs."""
     many = replace(request_, prompts=grid(5), multimask=True)
     parts = decoder.segment(nano, [replace(many, prompts=many.prompts.take(slice(i, i + 1))) for i in range(25)])
     alone = MaskSet.join(SIZE, [found(part) for part in parts], 256)
     alone = replace(alone, prompt_index=np.repeat(np.arange(25, dtype=np.int32), 3))
-    monkeypatch.setattr(decoder, *limit)
+    if limit == "prompts":
+        monkeypatch.setattr(nano, "chunk", 7)
+    else:
+        monkeypatch.setattr(decoder, "PIXELS_A_CHUNK", 5 * SIZE[0] * SIZE[1])
     assert_same(found(decoder.segment(nano, [many])[0]), alone)
     logits, scores = nano.logits(many)
     assert (logits.shape, scores.shape) == ((25, 3, 128, 128), (25, 3))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidInput, InvalidSettings
+from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidInput, InvalidPrompt, InvalidSettings
 from serve_app.model import checkpoint, masks, preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
@@ -18,35 +21,44 @@ from serve_app.model.prompts import DecodeRequest
 
 log = logging.getLogger(__name__)
 
-PROMPTS_A_CHUNK = 16  # bounds memory, about 20 MB a prompt inside segment_anything's decoder; more is slower on CPUs
 PIXELS_A_CHUNK = 64 << 20  # float32 logits held at original resolution: 256 MB
 MASK_THRESHOLD = 0.0  # logits
 STABILITY_OFFSET = 1.0  # logits; as SamAutomaticMaskGenerator
+
+
+Decoded = tuple[torch.Tensor, torch.Tensor]
+"""N prompts' ([N, M, 4g, 4g] float32 logits of the padded input, [N, M] float32 predicted IoU); M is 1 or 3."""
 
 
 class Decoder(Protocol):
     """What every runtime offers. Stateless."""
 
     card: checkpoint.ModelCard
-    runtime: str
+    runtime: str  # what runs, for people: "fast float32 on cpu"
+    chunk: int  # prompts that it likes to have at a time
 
-    def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
-        """N prompts → ([N, M, 4g, 4g] float32 logits of the padded input, [N, M] predicted IoU); M is 1 or 3."""
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        """One answer a request, in order."""
+        ...
+
+    def logits(self, request: DecodeRequest) -> Decoded:
+        """The answer to one request."""
         ...
 
     def accepted(self, request: DecodeRequest, above: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `logits`, but only the K masks whose predicted IoU is above `above`: ([K, 4g, 4g], [K], [K] int64, where
-        each stands among the N · M)."""
+        """Only the K masks whose predicted IoU is above `above`: ([K, 4g, 4g] logits, [K] predicted IoU, [K] int64,
+        where each stands among the N · M). Others are not made where the runtime can leave them out."""
         ...
 
 
 class ReferenceDecoder:
     """segment_anything's PromptEncoder and MaskDecoder in float32."""
 
-    runtime = "reference float32"
+    chunk = 16  # about 20 MB a prompt; more is slower on CPUs
 
     def __init__(self, folder: Path, device: str) -> None:
         self.card = checkpoint.ModelCard.read(folder)
+        self.runtime = f"reference float32 on {device}"
         self.device = device
         with torch.device("meta"):
             modules = checkpoint.build_decoder(self.card.architecture)
@@ -56,37 +68,58 @@ class ReferenceDecoder:
             module.load_state_dict(own, assign=True)
         self.prompt_encoder: Any
         self.mask_decoder: Any
-        self.prompt_encoder, self.mask_decoder = (module.float().eval().to(device) for module in modules)
+        self.prompt_encoder, self.mask_decoder = (
+            module.float().eval().requires_grad_(False).to(device) for module in modules
+        )
         self.dense_pe: torch.Tensor = self.prompt_encoder.get_dense_pe()
 
     @torch.inference_mode()
-    def logits(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        return [self._decode(request) for request in requests]
+
+    def _decode(self, request: DecodeRequest) -> Decoded:
         embedding = self.image(request.embedding)
-        parts = []
-        for rows in chunks(len(request.prompts), PROMPTS_A_CHUNK):
-            sparse = self.sparse(request, rows)
-            dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(len(sparse), *embedding.shape[1:])
-            logits, scores = self.mask_decoder(
+        outputs, side = len(range(4)[self.wanted(request.multimask)]), 4 * embedding.shape[-1]
+        logits = [torch.zeros(0, outputs, side, side, device=self.device)]
+        scores = [torch.zeros(0, outputs, device=self.device)]
+        for rows in chunks(len(request.prompts), self.chunk):
+            sparse, dense = self.sparse(request, rows), self.dense(request, rows)
+            found = self.mask_decoder(
                 image_embeddings=embedding,
                 image_pe=self.dense_pe,
                 sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
+                dense_prompt_embeddings=dense.expand(len(sparse), *embedding.shape[1:]),
                 multimask_output=request.multimask,
             )
-            parts.append((logits, scores))
-        return torch.cat([logits for logits, _ in parts]), torch.cat([scores for _, scores in parts])
+            logits.append(found[0])
+            scores.append(found[1])
+        return torch.cat(logits), torch.cat(scores)
+
+    def logits(self, request: DecodeRequest) -> Decoded:
+        return self.decode([request])[0]
 
     def accepted(self, request: DecodeRequest, above: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits, scores = self.logits(request)
         kept = torch.nonzero(scores.flatten() > above)[:, 0]
         return logits.flatten(0, 1)[kept], scores.flatten()[kept], kept
 
+    def wanted(self, multimask: bool) -> slice:
+        """Which of the outputs: the first is meant for clear prompts, the others are whole, part and subpart."""
+        return slice(1, None) if multimask else slice(0, 1)
+
     def image(self, embedding: np.ndarray) -> torch.Tensor:
         """[C, g, g] → [1, C, g, g] float32 on the device."""
         return _tensor(embedding, self.device)[None]
 
+    def dense(self, request: DecodeRequest, rows: slice) -> torch.Tensor:
+        """The mask prompts, or their absence → [N or 1, C, g, g] float32, by segment_anything's prompt encoder."""
+        if request.prompts.masks is None:
+            return self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(-1, -1, *self.dense_pe.shape[2:])
+        given = torch.tensor(request.prompts.masks[rows], dtype=torch.float32, device=self.device)
+        return self.prompt_encoder(points=None, boxes=None, masks=given[:, None])[1]
+
     def sparse(self, request: DecodeRequest, rows: slice) -> torch.Tensor:
-        """Some of a request's prompts → [N, tokens, C] float32, by segment_anything's prompt encoder."""
+        """Some of a request's boxes and points → [N, tokens, C] float32, by segment_anything's prompt encoder."""
         prompts = request.prompts.take(rows)
 
         def scaled(coordinates: np.ndarray) -> torch.Tensor:
@@ -98,6 +131,8 @@ class ReferenceDecoder:
         points = None
         if prompts.points is not None and prompts.labels is not None:
             points = scaled(prompts.points), torch.tensor(prompts.labels, device=self.device)
+        if boxes is None and points is None:
+            return torch.zeros(len(prompts), 0, self.card.architecture.channels, device=self.device)
         return self.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
 
 
@@ -105,28 +140,74 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def load(folder: Path, runtime: str = "reference", device: str = "cpu") -> Decoder:
-    """The decoder of a split model; the encoder's weights are never read.
+def pack(counts: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
+    """Lists of `counts` rows, each cut to its size, then joined in order while they hold `limit` rows or fewer."""
+    batch: list[tuple[int, slice]] = []
+    held = 0
+    for which, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        for rows in chunks(count, size):
+            if batch and held + rows.stop - rows.start > limit:
+                yield batch
+                batch, held = [], 0
+            batch.append((which, rows))
+            held += rows.stop - rows.start
+    if batch:
+        yield batch
 
-    runtime: `reference`, `fast` (the same numbers, reordered), or `auto`: fast where the decoder has the two layers of
-    every published model.
 
-    Raises:
-        InvalidSettings: no such runtime, or a device that is not there.
-        InvalidCheckpoint: the folder holds no split model, or another one than its card says.
-    """
-    from serve_app.model.encoder import check_device
+def _openvino(folder: Path, device: str, dtype: str) -> Decoder:
+    from serve_app.model.openvino_decoder import OpenVINODecoder
+
+    return OpenVINODecoder(folder, device, dtype)
+
+
+def _fast(folder: Path, device: str, dtype: str) -> Decoder:
     from serve_app.model.fast_decoder import FastDecoder
 
-    runtimes: dict[str, type[ReferenceDecoder]] = {"reference": ReferenceDecoder, "fast": FastDecoder}
+    if dtype != "float32" and device == "cpu":
+        raise InvalidSettings(
+            f"decoder runtime 'fast' computes in float32 on a CPU, not {dtype}: install 'cellray[cpu]'"
+        )
+    return FastDecoder(folder, device, dtype)
+
+
+def _reference(folder: Path, device: str, dtype: str) -> Decoder:
+    if dtype != "float32":
+        raise InvalidSettings(f"decoder runtime 'reference' computes in float32, not {dtype}")
+    return ReferenceDecoder(folder, device)
+
+
+RUNTIMES: dict[str, Callable[[Path, str, str], Decoder]] = {
+    "reference": _reference,
+    "fast": _fast,
+    "openvino": _openvino,
+}
+
+
+def load(folder: Path, runtime: str = "reference", device: str = "cpu", dtype: str = "float32") -> Decoder:
+    """The decoder of a split model; the encoder's weights are never read. `dtype` is what products are computed in.
+
+    runtime: `reference`; `fast`, the same numbers, reordered; `openvino`, the same on a CPU by OpenVINO; or `auto`, the
+    fastest of them that is at hand.
+
+    Raises:
+        InvalidSettings: no such runtime or dtype, a device that is not there, or a runtime that cannot use them.
+        InvalidCheckpoint: the folder holds no split model, or another one than its card says.
+    """
+    from serve_app.model.encoder import DTYPES, check_device
+
+    device = check_device(device)
+    if dtype not in DTYPES:
+        raise InvalidSettings(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if runtime == "auto":
-        runtime = "fast" if checkpoint.ModelCard.read(folder).architecture.decoder_depth == 2 else "reference"
-    if runtime not in runtimes:
-        raise InvalidSettings(f"no decoder runtime {runtime!r}; there are {', '.join(runtimes)}")
-    return runtimes[runtime](folder, check_device(device))
+        two = checkpoint.ModelCard.read(folder).architecture.decoder_depth == 2  # as every published model has
+        runtime = "reference" if not two else "openvino" if device == "cpu" and find_spec("openvino") else "fast"
+    if runtime not in RUNTIMES:
+        raise InvalidSettings(f"no decoder runtime {runtime!r}; there are auto, {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime](folder, device, dtype)
 
 
-def segment(decoder: Decoder, requests: list[DecodeRequest]) -> list[MaskSet | CellrayError]:
+def segment(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[MaskSet | CellrayError]:
     """Requests → masks at original resolution, in order; a bad request is an error beside its neighbours.
 
     Masks come prompt by prompt, and within a prompt in the decoder's order. No prompts give an empty set.
@@ -134,17 +215,47 @@ def segment(decoder: Decoder, requests: list[DecodeRequest]) -> list[MaskSet | C
     Errors:
         InvalidPrompt, InvalidEmbedding
     """
-    results: list[MaskSet | CellrayError] = []
-    for request in requests:
-        try:
-            check(decoder, request)
-            results.append(_segment_one(decoder, request))
-        except CellrayError as error:
-            results.append(error)
-        except RuntimeError:
-            log.exception("the decoder failed")
-            results.append(Internal("the decoder failed on this request; the replica's log has the cause"))
-    return results
+    errors = [_problem(decoder, request) for request in requests]
+    parts: list[list[MaskSet]] = [[] for _ in requests]
+    counts = [0 if error else len(request.prompts) for request, error in zip(requests, errors, strict=True)]
+    outputs = decoder.card.architecture.mask_outputs
+    sizes = [
+        1 if error else step(decoder, request.original, outputs if request.multimask else 1)
+        for request, error in zip(requests, errors, strict=True)
+    ]
+    for batch in pack(counts, sizes, decoder.chunk):
+        asked = [replace(requests[which], prompts=requests[which].prompts.take(rows)) for which, rows in batch]
+        for (which, rows), request, answer in zip(batch, asked, _decode(decoder, asked), strict=True):
+            if isinstance(answer, CellrayError):
+                errors[which] = answer
+                continue
+            logits, scores = answer
+            index = np.repeat(np.arange(rows.start, rows.stop, dtype=np.int32), scores.shape[1])
+            parts[which].append(to_masks(decoder, request, logits.flatten(0, 1), scores.flatten(), index))
+    channels = decoder.card.architecture.channels
+    return [
+        error or MaskSet.join(request.original, found, channels)
+        for request, found, error in zip(requests, parts, errors, strict=True)
+    ]
+
+
+def _decode(decoder: Decoder, requests: list[DecodeRequest]) -> Sequence[Decoded | CellrayError]:
+    """All at once, and one by one if that fails, so that good neighbours are answered."""
+    try:
+        return decoder.decode(requests)
+    except RuntimeError:  # out of memory, mostly
+        log.exception(f"the decoder failed on {len(requests)} requests")
+    if len(requests) > 1:
+        return [answer for request in requests for answer in _decode(decoder, [request])]
+    return [Internal("the decoder failed on this request; the replica's log has the cause")]
+
+
+def _problem(decoder: Decoder, request: DecodeRequest) -> CellrayError | None:
+    try:
+        check(decoder, request)
+    except CellrayError as error:
+        return error
+    return None
 
 
 def check(decoder: Decoder, request: DecodeRequest) -> None:
@@ -162,25 +273,15 @@ def check(decoder: Decoder, request: DecodeRequest) -> None:
     if not all(isinstance(side, int) and side > 0 for side in request.original):
         raise InvalidInput(f"expected an image size (height, width) in pixels, found {request.original}")
     request.prompts.check(request.original)
+    if request.prompts.masks is not None and request.prompts.masks.shape[1:] != (4 * sizes.grid, 4 * sizes.grid):
+        side = 4 * sizes.grid
+        raise InvalidPrompt(f"masks must be [N, {side}, {side}] logits, found {list(request.prompts.masks.shape)}")
 
 
 def step(decoder: Decoder, original: Size, outputs: int) -> int:
     """Prompts decoded at a time, so that their masks at both resolutions on the way stay within PIXELS_A_CHUNK."""
     pixels = max(original[0] * original[1], decoder.card.architecture.image_size**2)
-    return max(1, min(PROMPTS_A_CHUNK, PIXELS_A_CHUNK // (outputs * pixels)))
-
-
-def _segment_one(decoder: Decoder, request: DecodeRequest) -> MaskSet:
-    channels = decoder.card.architecture.channels
-    parts = []
-    outputs = decoder.card.architecture.mask_outputs if request.multimask else 1
-    size = step(decoder, request.original, outputs)
-    for start in range(0, len(request.prompts), size):
-        prompts = request.prompts.take(slice(start, start + size))
-        logits, scores = decoder.logits(DecodeRequest(request.embedding, request.original, prompts, request.multimask))
-        index = np.repeat(np.arange(start, start + len(prompts), dtype=np.int32), outputs)
-        parts.append(to_masks(decoder, request, logits.flatten(0, 1), scores.flatten(), index))
-    return MaskSet.join(request.original, parts, channels)
+    return max(1, min(decoder.chunk, PIXELS_A_CHUNK // (outputs * pixels)))
 
 
 @torch.inference_mode()
@@ -191,8 +292,7 @@ def to_masks(
     `postprocess_masks` makes them."""
     sizes = decoder.card.architecture
     full = upscale(logits, request.original, sizes.image_size)
-    binary = (full > MASK_THRESHOLD).cpu().numpy()
-    counts = masks.encode(binary)
+    counts = masks.encode((full > MASK_THRESHOLD).cpu().numpy())
     areas, boxes = masks.areas_and_boxes(counts, request.original)
     return MaskSet(
         size=request.original,
@@ -219,6 +319,8 @@ def upscale(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tens
     height, width = preprocess.input_size(original, image_size)
     padded = functional.interpolate(logits[None], (image_size, image_size), mode="bilinear", align_corners=False)
     inner = padded[..., :height, :width]
+    if original == (height, width):
+        return inner[0]
     return functional.interpolate(inner, original, mode="bilinear", align_corners=False)[0]
 
 

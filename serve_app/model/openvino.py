@@ -45,17 +45,10 @@ class OpenVINOEncoder:
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         if device != "cpu":
             raise InvalidSettings(f"runtime 'openvino' runs on a CPU, not on {device!r}")
-        core = _core()
-        if dtype == "bfloat16" and not supports_bfloat16(core):
-            raise InvalidSettings("dtype 'bfloat16' needs a processor with AVX512-BF16 or AMX; use 'float32' here")
+        core = make_core(dtype)
         self.card = checkpoint.ModelCard.read(folder)
         self.runtime = f"openvino {dtype} on cpu"
-        hints = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        self.request = core.compile_model(_converted(core, folder, self.card), "CPU", hints).create_infer_request()
+        self.request = request(core, _converted(core, folder, self.card), dtype)
         self.lock = threading.Lock()  # a request holds one image's buffers
 
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -68,6 +61,28 @@ class OpenVINOEncoder:
                 found = self.request.infer([pixels], share_inputs=True, share_outputs=True)[0]
                 answer.copy_(torch.from_numpy(found[0]))
         return answers
+
+
+def request(core: Any, model: Any, dtype: str) -> Any:
+    """A compiled model to run, on as many threads as torch has now."""
+    hints = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return core.compile_model(model, "CPU", hints).create_infer_request()
+
+
+def make_core(dtype: str) -> Any:
+    """OpenVINO, for products in `dtype`.
+
+    Raises:
+        InvalidSettings: it is not installed, or the processor is many times slower in bfloat16 than in float32.
+    """
+    core = _core()
+    if dtype == "bfloat16" and not supports_bfloat16(core):
+        raise InvalidSettings("dtype 'bfloat16' needs a processor with AVX512-BF16 or AMX; use 'float32' here")
+    return core
 
 
 def supports_bfloat16(core: Any = None) -> bool:
@@ -109,18 +124,23 @@ def _converted(core: Any, folder: Path, card: checkpoint.ModelCard) -> Any:
 
 def convert(folder: Path, card: checkpoint.ModelCard) -> Any:
     """segment_anything's module with the split weights → an OpenVINO model of static shape."""
-    import openvino
-
     size = card.architecture.image_size
     with torch.device("meta"):
         module = checkpoint.build_encoder(card.architecture)
     state = checkpoint.load_half(folder, checkpoint.ENCODER, card)
     module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
     pixels = torch.zeros(1, 3, size, size)
+    return traced(module.float().eval(), (pixels,), [list(pixels.shape)])
+
+
+def traced(module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: list[list[int]]) -> Any:
+    """A torch module → an OpenVINO model of these input shapes; −1 is any size."""
+    import openvino
+
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing: the shapes are static, so its branches are
-        traced = torch.jit.trace(module.float().eval(), pixels, check_trace=False)  # checking runs it four times more
-        return openvino.convert_model(traced, example_input=pixels, input=list(pixels.shape))
+        warnings.simplefilter("ignore")  # of tracing: what branches on a shape branches on a static one
+        made = torch.jit.trace(module, example, check_trace=False)  # checking runs it four times more
+        return openvino.convert_model(made, example_input=example, input=shapes)
 
 
 def _keep(model: Any, kept: Path) -> None:
