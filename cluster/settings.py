@@ -52,7 +52,7 @@ class ModelSettings(Frozen):
         None, pattern="^[0-9a-fA-F]{6,64}$", description="start of the file's sha256, at least 6 hex digits"
     )
     licence: str = "unknown"
-    runtime: Literal["auto", "reference", "openvino"] = Field(
+    runtime: Literal["auto", "reference", "openvino", "flash"] = Field(
         "auto", description="auto: the fastest that is installed; reference: segment_anything's own modules"
     )
     dtype: Literal["float32", "bfloat16"] = Field(

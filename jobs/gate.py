@@ -35,7 +35,9 @@ def run(settings: Settings, model: str, runtime: str, device: str, dtype: str, p
     with _split(settings, model) as folder:
         images = list(_images(settings, paths, ModelCard.read(folder).architecture.image_size))
         decoder_runtime = "reference" if runtime == "reference" else "auto"  # the other names are the encoder's
-        candidate = Model(encoder.load(folder, runtime, device, dtype), decoder.load(folder, decoder_runtime, device))
+        candidate = Model(
+            encoder.load(folder, runtime, device, dtype), decoder.load(folder, decoder_runtime, device, dtype)
+        )
         reference = Model(encoder.load(folder, "reference", device), decoder.load(folder, "reference", device))
         return gate.run(reference, candidate, tqdm(images, unit="img", disable=None), dtype)
 

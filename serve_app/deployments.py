@@ -67,7 +67,7 @@ class EncoderReplica:
         size = self.encoder.card.architecture.image_size
         encoder.embed(self.encoder, [np.zeros((size, size, 3), np.uint8)])  # ready means: has answered once
         seconds = time.perf_counter() - started
-        _, why = encoder.choose(model.runtime, device)
+        _, why = encoder.choose(model.runtime, device, model.dtype)
         log.info(f"encoder {name}: {self.encoder.runtime} ({why}), ready in {seconds:.1f} s")
 
     def info(self) -> ModelInfo:
@@ -101,7 +101,7 @@ class DecoderReplica:
         if self.missing:  # so that embeddings are served, and whoever asks for masks is told
             self.model_info = models.describe(name, card, "no decoder", device, model.dtype)
             return
-        self.decoder = decoder.load(folder, runtime, "auto")
+        self.decoder = decoder.load(folder, runtime, device, model.dtype)
         self.model_info = models.describe(name, self.decoder.card, self.decoder.runtime, device, model.dtype)
         embedding = np.zeros(self.model_info.embedding_shape, np.float16)
         warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))

@@ -171,7 +171,8 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert encoder.choose("auto", "cpu")[0] == "openvino"
-    assert encoder.choose("auto", "cuda:1") == ("reference", "auto: there is a GPU")
+    assert encoder.choose("auto", "cuda:1") == ("reference", "auto: float32 on a GPU")
+    assert encoder.choose("auto", "cuda", "bfloat16") == ("flash", "auto: bfloat16 on a GPU")
     assert encoder.load(folder, "auto").runtime == "openvino float32 on cpu"
     monkeypatch.setattr(encoder, "find_spec", lambda name: None)
     assert encoder.choose("auto", "cpu") == ("reference", "auto: OpenVINO is not installed")

@@ -309,9 +309,15 @@ def to_masks(
 def stability(logits: torch.Tensor, offset: float = STABILITY_OFFSET) -> torch.Tensor:
     """[N, h, w] logits → [N]: the IoU of the masks cut at +offset and −offset (as segment_anything's
     `calculate_stability_score`); 0 where both are empty."""
-    inside = (logits > offset).flatten(1).sum(1)
-    around = (logits > -offset).flatten(1).sum(1)
+    inside, around = (_areas(logits > threshold) for threshold in (offset, -offset))
     return inside / around.clamp(min=1)
+
+
+def _areas(planes: torch.Tensor) -> torch.Tensor:
+    """[N, h, w] bool → [N] int64."""
+    if planes.device.type == "cpu":  # thirty times as fast as torch's sum of booleans
+        return torch.tensor([np.count_nonzero(plane) for plane in planes.numpy()], dtype=torch.int64)
+    return planes.flatten(1).sum(1)
 
 
 def upscale(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tensor:

@@ -63,7 +63,17 @@ def _openvino(folder: Path, device: str, dtype: str) -> Encoder:
     return OpenVINOEncoder(folder, device, dtype)
 
 
-RUNTIMES: dict[str, Callable[[Path, str, str], Encoder]] = {"reference": ReferenceEncoder, "openvino": _openvino}
+def _flash(folder: Path, device: str, dtype: str) -> Encoder:
+    from serve_app.model.flash_encoder import FlashEncoder
+
+    return FlashEncoder(folder, device, dtype)
+
+
+RUNTIMES: dict[str, Callable[[Path, str, str], Encoder]] = {
+    "reference": ReferenceEncoder,
+    "openvino": _openvino,
+    "flash": _flash,
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -76,12 +86,12 @@ def load(folder: Path, runtime: str = "reference", device: str = "cpu", dtype: s
     device = check_device(device)
     if dtype not in DTYPES:
         raise InvalidSettings(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    name, _ = choose(runtime, device)
+    name, _ = choose(runtime, device, dtype)
     return RUNTIMES[name](folder, device, dtype)
 
 
-def choose(runtime: str, device: str) -> tuple[str, str]:
-    """(name of a runtime, why that one). `auto` is OpenVINO on a CPU where it is installed, else the reference.
+def choose(runtime: str, device: str, dtype: str = "float32") -> tuple[str, str]:
+    """(name of a runtime, why that one) for `auto`, or as set.
 
     Raises:
         InvalidSettings: no such runtime.
@@ -91,7 +101,9 @@ def choose(runtime: str, device: str) -> tuple[str, str]:
     if runtime != "auto":
         raise InvalidSettings(f"no runtime {runtime!r}; there are auto, {', '.join(RUNTIMES)}")
     if device != "cpu":
-        return "reference", "auto: there is a GPU"
+        if dtype == "float32":
+            return "reference", "auto: float32 on a GPU"
+        return "flash", f"auto: {dtype} on a GPU"
     if find_spec("openvino") is None:
         return "reference", "auto: OpenVINO is not installed"
     return "openvino", "auto: OpenVINO is the fastest on a CPU"
