@@ -54,16 +54,22 @@ def extracted(state: State, folder: Path) -> Path:
 
 
 def smooth_nano(seed: int) -> State:
-    """Random nano weights whose masks are blobs of many sizes and places, where `seeded` gives noise everywhere.
+    return smooth("nano", seed)
+
+
+def smooth(name: str, seed: int) -> State:
+    """Random weights whose masks are blobs of many sizes and places, where `seeded` gives noise everywhere.
 
     Position tables of low frequency, and blocks that add little to them.
     """
-    state = checkpoint.seeded("nano", seed)
+    state = checkpoint.seeded(name, seed)
     generator = torch.Generator().manual_seed(seed)
-    wave = torch.linspace(0, math.pi, 32)
+    sizes = checkpoint.ARCHITECTURES[name]
+    wave = torch.linspace(0, math.pi, sizes.grid)
     waves = torch.stack([torch.cos(wave * i)[:, None] * torch.cos(wave * j) for i in range(4) for j in range(4)])
-    mix = torch.randn(192, len(waves), generator=generator)
-    state["image_encoder.pos_embed"] = (mix @ waves.flatten(1)).view(1, 192, 32, 32).permute(0, 2, 3, 1).contiguous()
+    mix = torch.randn(sizes.width, len(waves), generator=generator)
+    table = (mix @ waves.flatten(1)).view(1, sizes.width, sizes.grid, sizes.grid)
+    state["image_encoder.pos_embed"] = table.permute(0, 2, 3, 1).contiguous()
     for name, tensor in state.items():
         if "cross_attn" in name or "final_attn" in name:  # so that prompts make a difference
             state[name] = tensor * (5 if name.endswith(("v_proj.weight", "out_proj.weight")) else 2)
