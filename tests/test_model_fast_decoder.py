@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,29 @@ def test_many_images_in_one_batch(both: Both) -> None:
     assert fast.decode([]) == []
 
 
+def test_callers_at_once(both: Both) -> None:
+    """A replica decodes a batch and automatic masks in threads of their own."""
+    reference, fast = both
+    grid = reference.card.architecture.grid
+    requests = [
+        asked(kind, number, grid, number > 2, number)
+        for kind, number in (("boxes", 1), ("points", 3), ("boxes", 4), ("masks", 2))
+    ]
+    expected = [reference.logits(request) for request in requests]
+    start = threading.Barrier(len(requests))
+
+    def ask(request: DecodeRequest) -> list[Decoded]:
+        start.wait()
+        return [answer for _ in range(3) for answer in (fast.logits(request), fast.accepted(request, -1e9)[:2])]
+
+    with ThreadPoolExecutor(len(requests)) as threads:
+        found = list(threads.map(ask, requests))
+    for answers, (logits, scores) in zip(found, expected, strict=True):
+        for whole, flat in zip(answers[::2], answers[1::2], strict=True):
+            same(whole, (logits, scores))
+            same(flat, (logits.flatten(0, 1), scores.flatten()))
+
+
 def test_more_prompts_than_fit(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, fast = both
     request = asked("boxes", 5, reference.card.architecture.grid, False)
@@ -203,9 +229,29 @@ def test_auto_is_fast_where_it_can(tmp_path: Path) -> None:
             deeper[name.replace("layers.1.", "layers.2.")] = tensor
     three = extracted(deeper, tmp_path / "three")
     assert type(decoder.load(three, "auto")).__name__ == "ReferenceDecoder"
+    with pytest.raises(InvalidSettings, match="for two layers, this model has 3: take 'reference'"):
+        decoder.load(three, "fast")
 
 
-def test_what_a_runtime_cannot(folder: Path) -> None:
+@pytest.mark.parametrize("runtime", ["fast", "openvino"])
+def test_models_with_other_outputs(runtime: str, tmp_path: Path) -> None:
+    """Two masks beside the first, where segment_anything's have three."""
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    state = checkpoint.seeded("nano", 5)
+    for name in ("mask_tokens.weight", "iou_prediction_head.layers.2.weight", "iou_prediction_head.layers.2.bias"):
+        state[f"mask_decoder.{name}"] = state[f"mask_decoder.{name}"][:3]
+    fewer = {name: tensor for name, tensor in state.items() if "output_hypernetworks_mlps.3." not in name}
+    folder = extracted(fewer, tmp_path)
+    reference, made = ReferenceDecoder(folder, "cpu"), decoder.load(folder, runtime)
+    for number, multimask in ((2, True), (0, True), (2, False)):
+        request = asked("boxes", number, 32, multimask)
+        logits, scores = made.logits(request)
+        assert (logits.shape[:2], scores.shape) == ((number, 2 if multimask else 1),) * 2
+        same((logits, scores), reference.logits(request))
+
+
+def test_what_a_runtime_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for runtime in ("reference", "fast"):
         with pytest.raises(InvalidSettings, match="float32"):
             decoder.load(folder, runtime, dtype="bfloat16")
@@ -213,3 +259,6 @@ def test_what_a_runtime_cannot(folder: Path) -> None:
         decoder.load(folder, dtype="int4")
     with pytest.raises(InvalidSettings, match="no decoder runtime 'faster'"):
         decoder.load(folder, "faster")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InvalidSettings, match=r"pip install 'cellray\[cpu\]'"):
+        decoder.load(folder, "openvino")

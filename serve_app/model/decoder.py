@@ -78,10 +78,7 @@ class ReferenceDecoder:
         return [self._decode(request) for request in requests]
 
     def _decode(self, request: DecodeRequest) -> Decoded:
-        embedding = self.image(request.embedding)
-        outputs, side = len(range(4)[self.wanted(request.multimask)]), 4 * embedding.shape[-1]
-        logits = [torch.zeros(0, outputs, side, side, device=self.device)]
-        scores = [torch.zeros(0, outputs, device=self.device)]
+        embedding, parts = self.image(request.embedding), [self.nothing(request)]
         for rows in chunks(len(request.prompts), self.chunk):
             sparse, dense = self.sparse(request, rows), self.dense(request, rows)
             found = self.mask_decoder(
@@ -91,9 +88,9 @@ class ReferenceDecoder:
                 dense_prompt_embeddings=dense.expand(len(sparse), *embedding.shape[1:]),
                 multimask_output=request.multimask,
             )
-            logits.append(found[0])
-            scores.append(found[1])
-        return torch.cat(logits), torch.cat(scores)
+            parts.append(found)
+        logits, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logits, scores
 
     def logits(self, request: DecodeRequest) -> Decoded:
         return self.decode([request])[0]
@@ -102,6 +99,12 @@ class ReferenceDecoder:
         logits, scores = self.logits(request)
         kept = torch.nonzero(scores.flatten() > above)[:, 0]
         return logits.flatten(0, 1)[kept], scores.flatten()[kept], kept
+
+    def nothing(self, request: DecodeRequest) -> Decoded:
+        """The answer to no prompts, to which those to some are joined."""
+        sizes = self.card.architecture
+        outputs, side = sizes.mask_outputs if request.multimask else 1, 4 * sizes.grid
+        return torch.zeros(0, outputs, side, side, device=self.device), torch.zeros(0, outputs, device=self.device)
 
     def wanted(self, multimask: bool) -> slice:
         """Which of the outputs: the first is meant for clear prompts, the others are whole, part and subpart."""
@@ -194,11 +197,10 @@ def load(folder: Path, runtime: str = "reference", device: str = "cpu", dtype: s
         InvalidSettings: no such runtime or dtype, a device that is not there, or a runtime that cannot use them.
         InvalidCheckpoint: the folder holds no split model, or another one than its card says.
     """
-    from serve_app.model.encoder import DTYPES, check_device
+    from serve_app.model.encoder import check_device, check_dtype
 
     device = check_device(device)
-    if dtype not in DTYPES:
-        raise InvalidSettings(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    check_dtype(dtype, device)
     if runtime == "auto":
         two = checkpoint.ModelCard.read(folder).architecture.decoder_depth == 2  # as every published model has
         runtime = "reference" if not two else "openvino" if device == "cpu" and find_spec("openvino") else "fast"

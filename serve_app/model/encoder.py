@@ -36,8 +36,8 @@ class ReferenceEncoder:
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         if dtype != "float32":
             raise InvalidSettings(
-                f"runtime 'reference' computes in float32, not in {dtype}: set dtype to 'float32', or take OpenVINO on "
-                "a CPU (runtime 'openvino', pip install 'cellray[cpu]')"
+                f"runtime 'reference' computes in float32, not in {dtype}: set dtype to 'float32', or take 'auto', "
+                "which needs OpenVINO on a CPU (pip install 'cellray[cpu]')"
             )
         self.card = checkpoint.ModelCard.read(folder)
         self.runtime = f"reference float32 on {device}"
@@ -66,6 +66,8 @@ def _openvino(folder: Path, device: str, dtype: str) -> Encoder:
 def _flash(folder: Path, device: str, dtype: str) -> Encoder:
     from serve_app.model.flash_encoder import FlashEncoder
 
+    if dtype != "float32" and device == "cpu":
+        raise InvalidSettings(f"runtime 'flash' computes in float32 on a CPU, not in {dtype}: take 'auto'")
     return FlashEncoder(folder, device, dtype)
 
 
@@ -75,6 +77,7 @@ RUNTIMES: dict[str, Callable[[Path, str, str], Encoder]] = {
     "flash": _flash,
 }
 DTYPES = ("float32", "bfloat16")
+BFLOAT16_CAPABILITY = 8, 0  # of CUDA devices: Ampere
 
 
 def load(folder: Path, runtime: str = "reference", device: str = "cpu", dtype: str = "float32") -> Encoder:
@@ -84,8 +87,7 @@ def load(folder: Path, runtime: str = "reference", device: str = "cpu", dtype: s
         InvalidSettings: no such runtime or dtype, a device that is not there, or a runtime that cannot use them.
     """
     device = check_device(device)
-    if dtype not in DTYPES:
-        raise InvalidSettings(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    check_dtype(dtype, device)
     name, _ = choose(runtime, device, dtype)
     return RUNTIMES[name](folder, device, dtype)
 
@@ -118,6 +120,15 @@ def check_device(device: str) -> str:
     if device not in there:
         raise InvalidSettings(f"no device {device!r} here; there are {', '.join(there)}")
     return device
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises InvalidSettings for a dtype that is none of ours, or that a GPU only emulates. CPUs are for their runtime
+    to judge."""
+    if dtype not in DTYPES:
+        raise InvalidSettings(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if dtype == "bfloat16" and device != "cpu" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
+        raise InvalidSettings(f"dtype 'bfloat16' needs a GPU of the Ampere generation or newer; {device} is older")
 
 
 def normalise(

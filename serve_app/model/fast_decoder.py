@@ -12,6 +12,7 @@ This is 0.79 GMAC a prompt where the module needs 1.81 (ViT-B).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.errors import InvalidSettings
 from serve_app.model.decoder import Decoded, ReferenceDecoder, chunks, pack
 from serve_app.model.prompts import DecodeRequest
 
@@ -98,26 +100,37 @@ class FastDecoder(ReferenceDecoder):
     """The reference's weights, computed as above. Two layers, as every published model has.
 
     In bfloat16 products and what lies between them are rounded; scores and mask weights are taken in float32.
+
+    Raises:
+        InvalidSettings: the model's decoder has not two layers.
     """
 
     joins = True  # prompts of several images may share a batch
 
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         super().__init__(folder, device)
+        depth = self.card.architecture.decoder_depth
+        if depth != 2:
+            raise InvalidSettings(f"the fast decoders are for two layers, this model has {depth}: take 'reference'")
         self.runtime = f"fast {dtype} on {device}"
         decoder, self.dtype = self.mask_decoder, getattr(torch, dtype)
         decoder.transformer.to(self.dtype)
         decoder.output_upscaling.to(self.dtype)
-        self.layers = list(decoder.transformer.layers)
-        self.second_look = CrossAttention.of(self.layers[1].cross_attn_token_to_image)
-        self.spreads = [CrossAttention.of(layer.cross_attn_image_to_token) for layer in self.layers]
-        self.final = CrossAttention.of(decoder.transformer.final_attn_token_to_image)
-        self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        self.derive()
         self.position = self.dense_pe.flatten(2)[0].T.contiguous().to(self.dtype)  # [P, C]
         heads, width = self.second_look.query.shape[:2]
         self.heads = torch.eye(heads, dtype=self.dtype, device=device).repeat_interleave(width, dim=1)[:, None]
         tokens = self.position.numel() * self.position.element_size()
         self.chunk = GPU_CHUNK if device.startswith("cuda") else max(1, CPU_CHUNK_BYTES // tokens)
+
+    def derive(self) -> None:
+        """What `look` and `upscale` take in place of the modules' weights: to be called again when those change."""
+        decoder = self.mask_decoder
+        self.layers = list(decoder.transformer.layers)
+        self.second_look = CrossAttention.of(self.layers[1].cross_attn_token_to_image)
+        self.spreads = [CrossAttention.of(layer.cross_attn_image_to_token) for layer in self.layers]
+        self.final = CrossAttention.of(decoder.transformer.final_attn_token_to_image)
+        self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         first, self.norm, _, second, _ = decoder.output_upscaling
         self.upscale_first = _as_linear(first)
         self.upscale_second = _as_linear(second)
@@ -128,7 +141,7 @@ class FastDecoder(ReferenceDecoder):
         for index, request in enumerate(requests):  # what goes together has as many tokens and outputs
             boxes, points = request.prompts.boxes, request.prompts.points
             kinds[None if points is None else points.shape[1], boxes is None, request.multimask].append(index)
-        parts = [[self._nothing(request)] for request in requests]
+        parts = [[self.nothing(request)] for request in requests]
         for (*_, multimask), indices in kinds.items():
             wanted = self.wanted(multimask)
             counts = [len(requests[index].prompts) for index in indices]
@@ -145,7 +158,7 @@ class FastDecoder(ReferenceDecoder):
     @torch.inference_mode()
     def accepted(self, request: DecodeRequest, above: float) -> tuple[Tensor, Tensor, Tensor]:
         wanted = self.wanted(request.multimask)
-        logits, scores = self._nothing(request)
+        logits, scores = self.nothing(request)
         parts = [(logits.flatten(0, 1), scores.flatten(), torch.zeros(0, dtype=torch.int64, device=self.device))]
         for rows in chunks(len(request.prompts), self._size(request)):
             image, weights, scores = self._start([(request, rows)])
@@ -162,10 +175,6 @@ class FastDecoder(ReferenceDecoder):
     def _size(self, request: DecodeRequest) -> int:
         """Prompts of one image at a time. With a mask each is an image of its own."""
         return 1 if request.prompts.masks is not None and not self.joins else self.chunk
-
-    def _nothing(self, request: DecodeRequest) -> Decoded:
-        outputs, side = len(range(4)[self.wanted(request.multimask)]), 4 * self.card.architecture.grid
-        return torch.zeros(0, outputs, side, side, device=self.device), torch.zeros(0, outputs, device=self.device)
 
     def _start(self, parts: list[tuple[DecodeRequest, slice]]) -> tuple[Any, Tensor, Tensor]:
         """Some prompts of some requests, with as many tokens each: through `look`."""
@@ -227,7 +236,7 @@ class FastDecoder(ReferenceDecoder):
         """`look`'s image of N prompts, those of them that are wanted ([K] int64; None: all), and their mask weights
         [K, C/8, M] → logits [K, M, 4g, 4g] float32."""
         image = image if prompts is None else image[prompts]
-        grid = self.card.architecture.grid
+        grid = math.isqrt(image.shape[1])
         pixels = functional.linear(image, *self.upscale_first).unflatten(2, (4, -1))  # [K, P, 2·2, C/4]
         pixels = functional.layer_norm(pixels, pixels.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
         pixels = functional.linear(functional.gelu(pixels), *self.upscale_second)  # [K, P, 4, 2·2·C/8]

@@ -36,12 +36,17 @@ class FlashEncoder:
         reference = ReferenceEncoder(folder, device)
         self.card, self.device, self.dtype = reference.card, device, getattr(torch, dtype)
         self.runtime = f"flash {dtype} on {device}"
-        self.module = reference.module.requires_grad_(False).to(self.dtype)
+        self.module: Any = reference.module.requires_grad_(False).to(self.dtype)
         self.tables = [
             tuple(_table(own).contiguous() for own in (block.attn.rel_pos_h, block.attn.rel_pos_w))
             for block in self.module.blocks
         ]
-        self.forward = torch.compile(self._forward, dynamic=False) if device.startswith("cuda") else self._forward
+        self.forward = self._forward
+        if device.startswith("cuda"):
+            self.forward = torch.compile(self._forward, dynamic=False)
+            black = np.zeros((self.card.architecture.image_size,) * 2 + (3,), np.uint8)
+            for size in BATCHES:  # compiled here, in no request's time
+                self.encode([black] * size)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -123,5 +128,5 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, tables: tuple[Tensor, ...]
     def score(found: Tensor, image: Tensor, head: Tensor, asking: Tensor, seen: Tensor) -> Tensor:
         return found + rows[image, head, asking, seen // width] + columns[image, head, asking, seen % width]
 
-    flat = (part.flatten(2, 3) for part in (query, key, value))
-    return flex_attention(*flat, score_mod=score).unflatten(2, (height, width)).permute(0, 2, 3, 1, 4)
+    answer = flex_attention(query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3), score_mod=score)
+    return answer.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4)

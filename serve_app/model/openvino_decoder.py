@@ -4,7 +4,7 @@ between their products is fused and, in bfloat16, half as large."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from cluster.errors import InvalidSettings
 from serve_app.model import openvino as runtime
+from serve_app.model.decoder import Decoded
 from serve_app.model.fast_decoder import FastDecoder
+from serve_app.model.prompts import DecodeRequest
 
 CHUNK = 16  # prompts at a time, some 20 MB each
 
@@ -29,11 +31,11 @@ class OpenVINODecoder(FastDecoder):
     joins = False  # a prompt of another image gains nothing from being in the same batch
 
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
-        import openvino
-
         if device != "cpu":
             raise InvalidSettings(f"decoder runtime 'openvino' runs on a CPU, not on {device!r}")
         core = runtime.make_core(dtype)
+        import openvino
+
         super().__init__(folder, device)
         self.runtime, self.chunk = f"openvino {dtype} on cpu", CHUNK
         look, upscale = self._models()
@@ -43,7 +45,15 @@ class OpenVINODecoder(FastDecoder):
                 getattr(steps, port)(0).tensor().set_element_type(openvino.Type.bf16)
                 steps.build()
         self.look_request, self.upscale_request = (runtime.request(core, model, dtype) for model in (look, upscale))
-        self.lock = threading.RLock()  # a request holds one call's buffers
+        self.lock = threading.Lock()  # the requests hold one call's buffers, and from `look` to `upscale` its image
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        with self.lock:
+            return super().decode(requests)
+
+    def accepted(self, request: DecodeRequest, above: float) -> tuple[Tensor, Tensor, Tensor]:
+        with self.lock:
+            return super().accepted(request, above)
 
     def _models(self) -> tuple[Any, Any]:
         sizes = self.card.architecture
@@ -65,7 +75,7 @@ class OpenVINODecoder(FastDecoder):
     def upscale(self, image: Any, weights: Tensor, prompts: Tensor | None) -> Tensor:
         rows = torch.arange(len(weights)) if prompts is None else prompts
         found = self.upscale_request.infer([image, weights.contiguous().numpy(), rows.numpy()])
-        return torch.tensor(found[0])
+        return torch.from_numpy(found[0])
 
 
 class _Call(torch.nn.Module):
