@@ -44,9 +44,11 @@ def folder(state: checkpoint.State, tmp_path_factory: pytest.TempPathFactory) ->
     return weights_of_sam.extracted(state, tmp_path_factory.mktemp("nano"))
 
 
-@pytest.fixture(scope="module", params=["reference", "fast"])
+@pytest.fixture(scope="module", params=["reference", "fast", "openvino"])
 def nano(request: pytest.FixtureRequest, folder: Path) -> Decoder:
-    """Every test runs on both decoders."""
+    """Every test runs on all decoders."""
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
     return decoder.load(folder, request.param)
 
 
@@ -64,7 +66,7 @@ def views_of(folder: Path, size: Size, options: GridOptions) -> list[View]:
 
 @pytest.fixture(scope="module")
 def expect(state: checkpoint.State) -> Any:
-    """(size, options) → what segment_anything's generator finds; once for both decoders."""
+    """(size, options) → what segment_anything's generator finds; once for all decoders."""
     sam = weights_of_sam.filled("nano", state)
 
     @functools.cache

@@ -34,6 +34,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return extracted(checkpoint.seeded(request.param, 5), tmp_path_factory.mktemp(request.param))
 
 
+only_nano = pytest.mark.parametrize("folder", ["nano"], indirect=True, scope="module")
+only_vit_b = pytest.mark.parametrize("folder", ["sam_vit_b"], indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> ReferenceDecoder:
     return ReferenceDecoder(folder, "cpu")
@@ -74,6 +78,7 @@ def same(ours: Decoded, theirs: Decoded) -> None:
             assert relative(one, other) <= TOLERANCE or (one - other).abs().max() <= 1e-6
 
 
+@only_nano
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize(
     ("kind", "number"),
@@ -93,6 +98,13 @@ def test_the_same_numbers(both: Both, kind: str, number: int, multimask: bool) -
     same(fast.logits(request), reference.logits(request))
 
 
+@only_vit_b
+@pytest.mark.parametrize(("kind", "multimask"), [("boxes", False), ("points", True), ("all", True)])
+def test_the_same_numbers_of_vit_b(both: Both, kind: str, multimask: bool) -> None:
+    test_the_same_numbers(both, kind, 2, multimask)
+
+
+@only_nano
 def test_masks_as_prompts_are_segment_anythings(reference: ReferenceDecoder) -> None:
     request = asked("all", 2, reference.card.architecture.grid, True)
     sam = filled(reference.card.family, checkpoint.seeded(reference.card.family, 5))
@@ -111,6 +123,7 @@ def test_masks_as_prompts_are_segment_anythings(reference: ReferenceDecoder) -> 
     same(reference.logits(request), (logits, scores))
 
 
+@only_nano
 def test_many_images_in_one_batch(both: Both) -> None:
     """Different numbers of prompts, of several kinds, one of them empty, more than one chunk."""
     reference, fast = both
@@ -123,6 +136,7 @@ def test_many_images_in_one_batch(both: Both) -> None:
     assert fast.decode([]) == []
 
 
+@only_nano
 def test_callers_at_once(both: Both) -> None:
     """A replica decodes a batch and automatic masks in threads of their own."""
     reference, fast = both
@@ -146,6 +160,7 @@ def test_callers_at_once(both: Both) -> None:
             same(flat, (logits.flatten(0, 1), scores.flatten()))
 
 
+@only_nano
 def test_more_prompts_than_fit(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, fast = both
     request = asked("boxes", 5, reference.card.architecture.grid, False)
@@ -159,6 +174,7 @@ def middle(scores: torch.Tensor) -> float:
     return (low + high) / 2
 
 
+@only_nano
 @pytest.mark.parametrize("multimask", [False, True])
 def test_only_accepted_masks(both: Both, multimask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, fast = both
@@ -173,6 +189,7 @@ def test_only_accepted_masks(both: Both, multimask: bool, monkeypatch: pytest.Mo
     assert [list(part.shape) for part in none] == [[0, *expected[0].shape[1:]], [0], [0]]
 
 
+@only_nano
 def test_prompts_whose_masks_are_rejected_are_not_upscaled(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, fast = both
     request = asked("boxes", 6, reference.card.architecture.grid, False)
@@ -209,6 +226,7 @@ def test_bfloat16_is_no_worse_than_that_of_torch(folder: Path, reference: Refere
         assert 1e-4 < relative(found, true) <= 1.25 * relative(peer.float(), true)
 
 
+@only_nano
 def test_position_counts(both: Both) -> None:
     """The tolerance is one that a decoder without the image's position would not meet."""
     reference, fast = both
@@ -251,6 +269,7 @@ def test_models_with_other_outputs(runtime: str, tmp_path: Path) -> None:
         same((logits, scores), reference.logits(request))
 
 
+@only_nano
 def test_what_a_runtime_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for runtime in ("reference", "fast"):
         with pytest.raises(InvalidSettings, match="float32"):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.model import checkpoint
+from cluster.errors import InvalidSettings
+from serve_app.model import checkpoint, decoder, encoder
 from serve_app.model.encoder import ReferenceEncoder
 from serve_app.model.flash_encoder import FlashEncoder
 from tests.weights_of_sam import extracted, relative
@@ -60,9 +61,27 @@ def test_bfloat16_is_no_worse_than_that_of_torch(folder: Path, images: list[np.n
     assert 1e-4 < relative(ours, true) <= 1.25 * relative(theirs, true)
 
 
+def test_compiles_whole(folder: Path, images: list[np.ndarray]) -> None:
+    """As on a GPU, but for the kernels: one graph, which holds all of the numbers."""
+    ours = FlashEncoder(folder, "cpu")
+    expected = ours.encode(images[:1])
+    ours.forward = torch.compile(ours._forward, dynamic=False, fullgraph=True, backend="aot_eager")
+    assert relative(ours.encode(images[:1]), expected) <= TOLERANCE
+
+
+def test_what_would_be_slow_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidSettings, match="'flash' computes in float32 on a CPU, not in bfloat16"):
+        encoder.load(folder, "flash", "cpu", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for half in (encoder, decoder):
+        with pytest.raises(InvalidSettings, match="'bfloat16' needs a GPU of the Ampere generation or newer; cuda:0"):
+            half.load(folder, "auto", "cuda:0", "bfloat16")
+
+
 def test_batches_of_any_size(folder: Path, images: list[np.ndarray]) -> None:
     ours = FlashEncoder(folder, "cpu")
-    many = ours.encode([images[index % 4] for index in range(10)])
-    for index, one in enumerate(many):
-        assert relative(one, ours.encode([images[index % 4]])[0]) <= TOLERANCE
+    alone = [ours.encode([image])[0] for image in images]
+    for index, one in enumerate(ours.encode([images[index % 4] for index in range(10)])):
+        assert relative(one, alone[index % 4]) <= TOLERANCE
     assert ours.encode([]).shape == (0, 256, 32, 32)
