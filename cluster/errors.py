@@ -103,5 +103,9 @@ class DeadlineExceeded(Unavailable):
     grpc_code = "DEADLINE_EXCEEDED"
 
 
+class Diverged(CellrayError):
+    """A training's loss is no number any more. The last checkpoint is from before that."""
+
+
 class Internal(CellrayError):
     """A defect of ours. The log has the traceback; the client gets only this."""

@@ -8,7 +8,7 @@ what it learns holds for the whole, at a fraction of the time. Masks are compare
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from cluster.errors import InvalidCheckpoint, InvalidInput
 from serve_app.model import checkpoint, masks, preprocess
 from serve_app.model.encoder import ReferenceEncoder, normalise
 from serve_app.model.fast_decoder import FastDecoder
-from serve_app.model.preprocess import Size
 
 SUBSAMPLES = 2  # a side, of the pixels that a logit covers: what its target is counted from
 BOX_JITTER = 0.06  # of a side: standard deviation
@@ -150,7 +149,7 @@ class Trainer:
         self.buffers = {p + name: buffer for p, module in halves.items() for name, buffer in module.named_buffers()}
         decayed = [self.state[name] for name in self.working if self.state[name].dim() > 1 and "embed" not in name]
         others = [self.state[name] for name in self.working if self.state[name].dim() < 2 or "embed" in name]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, plan.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         self.generator = torch.Generator(device)
         self._share()
@@ -158,9 +157,11 @@ class Trainer:
     def step(self, samples: Sequence[Sample], progress: float) -> Outcome:
         """Change the weights by one batch, of one window; `progress` is the share of the training that is done.
 
-        The outcome's loss may be no finite number: then no weight was changed.
+        The outcome's loss is NaN where it, or its gradient, is no finite number: then no weight was changed.
         """
         self.generator.manual_seed(self.plan.seed * 1_000_003 + self.step_count)
+        for parameter in self.working.values():
+            parameter.grad = None
         window, place = samples[0].window, self._place(samples[0].window)
         self.decoder.derive()
         embeddings = self._embeddings(samples, window, place)
@@ -173,14 +174,17 @@ class Trainer:
             self.decoder.derive()  # a graph's backward pass frees what the weights were made into
         if self.plan.encoder:
             embeddings.backward(leaf.grad)
-        outcome = Outcome(*(sums / torch.tensor([objects * rounds, objects * rounds, objects])).tolist())
-        self._update(self.plan.rate(progress)) if math.isfinite(outcome.loss) else self._forget()
-        return outcome
+        loss, iou_loss, iou = (sums / torch.tensor([objects * rounds, objects * rounds, objects])).tolist()
+        changed = math.isfinite(loss) and self._update(self.plan.rate(progress))
+        return Outcome(loss if changed else math.nan, iou_loss, iou)
 
     @torch.no_grad()
-    def evaluate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Mean IoU over objects at the decoder's resolution, from exact boxes and from one click inside each (`iou_box`,
-        `iou_click`), and how well the predicted IoU follows that of boxes (`correlation`)."""
+    def evaluate(self, samples: Iterable[Sample]) -> dict[str, float]:
+        """Means over objects, at the decoder's resolution; {} of no samples.
+
+        iou_box, iou_click: IoU from exact boxes, and from one click inside each.
+        correlation: between the predicted IoU and that of boxes.
+        """
         self.generator.manual_seed(0)
         self.decoder.derive()
         found: dict[str, list[Tensor]] = {"box": [], "click": [], "predicted": []}
@@ -193,6 +197,8 @@ class Trainer:
                 found[kind].append(_iou(logits[:, 0], target))
                 if kind == "box":
                     found["predicted"].append(predicted[:, 0])
+        if not found["box"]:
+            return {}
         box, click, predicted = (torch.cat(found[name]).cpu() for name in ("box", "click", "predicted"))
         both = torch.corrcoef(torch.stack([box, predicted]))[0, 1]
         return {"iou_box": box.mean().item(), "iou_click": click.mean().item(), "correlation": both.nan_to_num().item()}
@@ -220,20 +226,17 @@ class Trainer:
             tensor.copy_(self.state[name])
 
     @torch.no_grad()
-    def _update(self, rate: float) -> None:
+    def _update(self, rate: float) -> bool:
         for name, parameter in self.working.items():
             self.state[name].grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        torch.nn.utils.clip_grad_norm_([self.state[name] for name in self.working], CLIP)
+        if not torch.nn.utils.clip_grad_norm_([self.state[name] for name in self.working], CLIP).isfinite():
+            return False
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.step_count += 1
         self._share()
-
-    def _forget(self) -> None:
-        for parameter in self.working.values():
-            parameter.grad = None
+        return True
 
     def _place(self, window: int) -> tuple[int, int]:
         """Where in the padded input a window lies: (row, column) in tokens."""
@@ -330,7 +333,8 @@ class _Prompts:
 
     def __init__(self, trainer: Trainer, one: Sample, place: tuple[int, int], boxes: bool, jitter: bool = True) -> None:
         sizes = trainer.card.architecture
-        self.trainer, self.masks = trainer, None
+        self.trainer = trainer
+        self.masks: Tensor | None = None
         self.stride = sizes.patch / 4
         self.corner = torch.tensor([place[1], place[0]], device=trainer.device) * sizes.patch
         count = len(one.boxes)
@@ -358,7 +362,9 @@ class _Prompts:
         side = weight.shape[-1]
         flat = weight.flatten(1)
         if centre:  # the innermost: where a blurred mask is densest
-            flat = functional.avg_pool2d(weight[:, None], 5, 1, 2).flatten(1) * (weight.flatten(1) >= flat.amax(1, True))
+            flat = functional.avg_pool2d(weight[:, None], 5, 1, 2).flatten(1) * (
+                weight.flatten(1) >= flat.amax(1, True)
+            )
             chosen = flat.argmax(1, keepdim=True)
         else:
             flat = torch.where(flat >= 0.5, flat, flat * 1e-6)
@@ -377,12 +383,6 @@ class _Prompts:
         points = (self.points, self.labels) if self.points.shape[1] else None
         sparse, dense = encoder(points=points, boxes=self.boxes, masks=self.masks)
         return sparse, dense if self.masks is not None else encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-
-
-def batches(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`order` in pieces of `size`; the last may be smaller."""
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def _fresh(sizes: checkpoint.Architecture, seed: int) -> dict[str, Tensor]:
