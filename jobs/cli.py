@@ -156,25 +156,16 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _export_onnx(arguments: argparse.Namespace) -> int:
-    import tempfile
-
     from cluster import weights
-    from cluster.settings import ModelSettings
     from cluster.storage import mapped
     from serve_app import models
     from serve_app.model import onnx
 
     settings = settings_module.load(arguments.config)
-    name, folder = arguments.model, Path(arguments.model)
     onnx.check(arguments.out, arguments.overwrite)
-    with tempfile.TemporaryDirectory(prefix="cellray-") as temporary:
-        if name in settings.models:
-            folder = models.prepare(settings, name)
-        elif not (folder / "model.json").is_file():
-            folder = Path(temporary)
-            models.split(settings, ModelSettings(source=name, licence=arguments.licence), folder)
-        with mapped(str(arguments.out)):
-            written = onnx.export(folder, arguments.out, Path(weights.public_source(name)).name)
+    name = Path(weights.public_source(arguments.model)).name
+    with models.opened(settings, arguments.model, arguments.licence) as folder, mapped(str(arguments.out)):
+        written = onnx.export(folder, arguments.out, name)
     print(f"{arguments.out}  {arguments.out.stat().st_size:,} bytes")
     for key, value in written.items():
         print(f"{key:14}  {value}")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
-from pathlib import Path
 
 from tqdm import tqdm
 
 from cluster.errors import InvalidInput, InvalidSettings
-from cluster.settings import ModelSettings, Settings
+from cluster.settings import Settings
 from cluster.storage import Storage
 from serve_app import models
 from serve_app.model import decoder, encoder, gate, preprocess
@@ -32,7 +29,8 @@ def run(settings: Settings, model: str, runtime: str, device: str, dtype: str, p
         CellrayError: no such model, runtime, dtype or image, or one that cannot be used here.
     """
     device = encoder.check_device(device)
-    with _split(settings, model) as folder:
+    encoder.check_dtype(dtype, device)
+    with models.opened(settings, model) as folder:
         images = list(_images(settings, paths, ModelCard.read(folder).architecture.image_size))
         decoder_runtime = "reference" if runtime == "reference" else "auto"  # the other names are the encoder's
         candidate = Model(
@@ -40,20 +38,6 @@ def run(settings: Settings, model: str, runtime: str, device: str, dtype: str, p
         )
         reference = Model(encoder.load(folder, "reference", device), decoder.load(folder, "reference", device))
         return gate.run(reference, candidate, tqdm(images, unit="img", disable=None), dtype)
-
-
-@contextmanager
-def _split(settings: Settings, model: str) -> Iterator[Path]:
-    """The folder of a named model, one by `cellray extract`, or a checkpoint's, split while it is needed."""
-    if model in settings.models:
-        yield models.prepare(settings, model)
-        return
-    if (Path(model) / "model.json").is_file():
-        yield Path(model)
-        return
-    with tempfile.TemporaryDirectory(prefix="cellray-gate-") as folder:
-        models.split(settings, ModelSettings(source=model), Path(folder))
-        yield Path(folder)
 
 
 def _images(settings: Settings, paths: Sequence[str], size: int) -> Iterator[tuple[str, ModelImage]]:

@@ -6,6 +6,7 @@ hold wherever nothing else is said.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -38,6 +39,7 @@ MAX_ONGOING_REQUESTS = 32
 BATCH_IMAGES = 8  # past 8, ViT encoders gain little (reference: segment-anything-fast)
 BATCH_REQUESTS = 16
 BATCH_WAIT_S = 0.005
+AUTOMASKS = 2  # images at once a replica, up to 512 MB each: one is decoded while masks of the other are encoded
 
 Items = list[np.ndarray]
 
@@ -93,6 +95,7 @@ class DecoderReplica:
 
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
+        self.automasks = asyncio.Semaphore(AUTOMASKS)
         model = models.find(settings, name)
         runtime = "reference" if model.runtime == "reference" else "auto"  # the other names are the encoder's
         folder, device = models.prepare(settings, name), encoder.check_device("auto")
@@ -106,7 +109,7 @@ class DecoderReplica:
         embedding = np.zeros(self.model_info.embedding_shape, np.float16)
         warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
         decoder.segment(self.decoder, [DecodeRequest(embedding, (16, 16), warm_up)])
-        log.info(f"decoder {name}: {self.decoder.runtime} on {self.model_info.device}, ready")
+        log.info(f"decoder {name}: {self.decoder.runtime}, ready")
 
     def info(self) -> ModelInfo:
         return self.model_info
@@ -124,8 +127,9 @@ class DecoderReplica:
     async def automask(
         self, images: list[tuple[Sequence[View], Size]], options: GridOptions
     ) -> list[MaskSet | CellrayError]:
-        """(views, original size) pairs → all their masks; one image at a time, beside the batched requests."""
-        return [await anyio.to_thread.run_sync(self._automask, views, size, options) for views, size in images]
+        """(views, original size) pairs → all their masks; AUTOMASKS images at a time, beside the batched requests."""
+        async with self.automasks:
+            return [await anyio.to_thread.run_sync(self._automask, views, size, options) for views, size in images]
 
     def _automask(self, views: Sequence[View], size: Size, options: GridOptions) -> MaskSet | CellrayError:
         if self.missing:

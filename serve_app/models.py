@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import weights
@@ -44,6 +47,24 @@ def split(settings: Settings, model: ModelSettings, out: Path) -> tuple[checkpoi
             tensors, out, source=source, source_sha256=digest, licence=model.licence, trained=trained
         )
     return card, tensors
+
+
+@contextmanager
+def opened(settings: Settings, name: str, licence: str = "unknown") -> Iterator[Path]:
+    """The folder of a split model: one of the settings by name, one by `cellray extract`, or a checkpoint's, of that
+    licence, which is split while it is needed.
+
+    Raises:
+        NotFound, Forbidden, Unavailable, InvalidCheckpoint, InvalidSettings
+    """
+    if name in settings.models:
+        yield prepare(settings, name)
+    elif (Path(name) / "model.json").is_file():
+        yield Path(name)
+    else:
+        with tempfile.TemporaryDirectory(prefix="cellray-") as folder:
+            split(settings, ModelSettings(source=name, licence=licence), Path(folder))
+            yield Path(folder)
 
 
 def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, str, bool]:

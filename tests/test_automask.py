@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from cluster import settings
 from jobs import segment
-from serve_app import dataset, models
+from serve_app import dataset, deployments, models
 from serve_app.model import automask, decoder, encoder, masks, preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import GridOptions, crops
@@ -27,6 +29,28 @@ OPTIONS: dict[str, Any] = {
     "crop_n_layers": 1,
     "crop_nms_thresh": 1.0,
 }
+
+
+def test_a_replica_bounds_what_it_does_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    def generate(*_: Any) -> MaskSet:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+        return MaskSet.join((4, 4), [], 256)
+
+    async def ask(number: int) -> list[Any]:
+        replica = deployments.DecoderReplica(settings.load(environ={}), "nano")
+        calls = [replica.automask([([], (4, 4))], GridOptions()) for _ in range(number)]
+        return await asyncio.gather(*calls)
+
+    monkeypatch.setattr(deployments, "_use_cores", lambda: None)
+    monkeypatch.setattr(automask, "generate", generate)
+    assert len(asyncio.run(ask(6))) == 6
+    assert most == deployments.AUTOMASKS
 
 
 @pytest.fixture(scope="module")

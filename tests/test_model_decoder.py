@@ -31,6 +31,7 @@ SIZE = 200, 300  # height, width of the image asked about
 BOX = np.array([[10, 20, 110, 120]], np.float32)
 POINT = np.array([[[50, 60]]], np.float32)
 ONE = np.ones((1, 1), np.int32)
+PLANE = np.ones((1, 128, 128), np.float32)  # logits
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,10 @@ def assert_same(first: MaskSet, second: MaskSet) -> None:
         (Prompts(points=POINT + 300, labels=ONE), r"point \[350\.0, 360\.0\] lies outside the image of 300 × 200"),
         (Prompts(points=-POINT, labels=ONE), "lies outside"),
         (Prompts(boxes=np.repeat(BOX, 2, 0), points=POINT, labels=ONE), "2 boxes but 1 sets of points"),
+        (Prompts(masks=PLANE[0]), r"masks must be \[N, h, w\] .*found \[128, 128\]"),
+        (Prompts(boxes=np.repeat(BOX, 2, 0), masks=PLANE), r"with N = 2, found \[1, 128, 128\]"),
+        (Prompts(masks=PLANE > 0), "finite floating-point logits"),
+        (Prompts(masks=PLANE * np.nan), "finite floating-point logits"),
     ],
 )
 def test_prompts_that_do_not_fit(prompts: Prompts, expected: str) -> None:
@@ -135,8 +140,10 @@ def test_prompts_that_do_not_fit(prompts: Prompts, expected: str) -> None:
         Prompts(points=np.array([[[300, 200], [-9, 999]]], np.float32), labels=np.array([[0, -1]])),
         Prompts(boxes=BOX, points=POINT, labels=-ONE),
         Prompts(boxes=BOX, points=POINT[:, :0], labels=ONE[:, :0]),
+        Prompts(points=POINT[:, :0], labels=ONE[:, :0], masks=PLANE),
+        Prompts(masks=PLANE.astype(np.float16)),
     ],
-    ids=["whole image", "padding outside", "box with padding", "box with no points"],
+    ids=["whole image", "padding outside", "box with padding", "box, no points", "mask, no points", "float16 mask"],
 )
 def test_prompts_at_the_edge_of_what_fits(prompts: Prompts, nano: Decoder, request_: DecodeRequest) -> None:
     prompts.check(SIZE)
@@ -175,6 +182,12 @@ def test_a_bad_request_fails_alone(nano: Decoder, request_: DecodeRequest) -> No
         (replace(request_, prompts=Prompts(boxes=BOX * np.nan)), InvalidPrompt, "not finite"),
         (replace(request_, embedding=request_.embedding[:, :9]), InvalidEmbedding, "[256, 32, 32], found [256, 9, 32]"),
         (replace(request_, embedding=np.zeros(9, np.float32)), InvalidEmbedding, "made by another model?"),
+        (
+            replace(request_, prompts=Prompts(masks=PLANE[:, :9])),
+            InvalidPrompt,
+            "[N, 128, 128] logits, found [1, 9, 128]",
+        ),
+        (replace(request_, original=(0, 9)), InvalidInput, "image size (height, width) in pixels, found (0, 9)"),
     ]
     answers = decoder.segment(nano, [request_, *(wrong for wrong, _, _ in bad), other])
     for answer, (_, error, expected) in zip(answers[1:-1], bad, strict=True):
@@ -233,10 +246,10 @@ class FailingEncoder:
 
 def test_images_fail_alone_too(folder: Path) -> None:
     good, black = np.full((256, 99, 3), 50, np.uint8), np.zeros((256, 99, 3), np.uint8)
-    wrong = [good[:99], good.astype(float), good[..., 0], np.zeros((256, 0, 3), np.uint8)]
+    wrong = [good[:99], good.astype(float), good[..., 0], good[..., [0, 1, 2, 2]], good[:, :0]]
     failing = FailingEncoder(encoder.load(folder))
     answers = encoder.embed(failing, [good, wrong[0], good, *wrong[1:], black, good], max_batch=4)
-    kinds = ["ndarray", "InvalidImage", "ndarray", *["InvalidImage"] * 3, "Internal", "ndarray"]
+    kinds = ["ndarray", "InvalidImage", "ndarray", *["InvalidImage"] * 4, "Internal", "ndarray"]
     assert [type(answer).__name__ for answer in answers] == kinds
     assert max(failing.batches) == 4
     assert encoder.embed(failing, []) == []
@@ -252,6 +265,7 @@ def test_an_embedding_that_float16_cannot_hold_is_an_error(folder: Path) -> None
 
 
 def test_no_prompts_give_no_masks(nano: Decoder, request_: DecodeRequest) -> None:
+    assert len(found(decoder.segment(nano, [replace(request_, prompts=Prompts(masks=PLANE[:0]))])[0])) == 0
     empty = found(decoder.segment(nano, [replace(request_, prompts=Prompts(boxes=BOX[:0]))])[0])
     assert len(empty) == 0
     assert empty.decode().shape == (0, *SIZE)

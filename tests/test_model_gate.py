@@ -277,10 +277,12 @@ def test_the_samples_are_of_many_shapes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_command_fails_what_is_wrong(
     picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = encoder.RUNTIMES["openvino"]
+    load = encoder.RUNTIMES["reference"]
     nothing = lambda x: x * torch.nan  # noqa: E731
-    monkeypatch.setitem(encoder.RUNTIMES, "openvino", lambda *given: ChangedEncoder(load(*given), nothing))
-    assert cli.main(["gate", "nano", "--device", "cpu", "--image", picture, "--json"]) == 1
+    monkeypatch.setitem(encoder.RUNTIMES, "flash", lambda *given: ChangedEncoder(load(*given), nothing))
+    monkeypatch.setattr(decoder, "find_spec", lambda name: None)
+    arguments = ["gate", "nano", "--runtime", "flash", "--device", "cpu", "--image", picture, "--json"]
+    assert cli.main(arguments) == 1
     *table, last = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("FAIL") for line in table) == 3
     verdict = json.loads(last)["verdicts"][0]
@@ -339,9 +341,11 @@ def test_replicas_compute_in_the_dtype_of_the_settings(caplog: pytest.LogCapture
     logging.getLogger("ray.serve").addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, "ray.serve"):
         made = EncoderReplica(nano(dtype="bfloat16"), "nano")
+        decodes = DecoderReplica(nano(dtype="bfloat16"), "nano")
     logging.getLogger("ray.serve").removeHandler(caplog.handler)
     assert made.encoder.runtime == "openvino bfloat16 on cpu"
-    assert made.info().dtype == DecoderReplica(nano(dtype="bfloat16"), "nano").info().dtype == "bfloat16"
+    assert made.info().dtype == decodes.info().dtype == "bfloat16"
+    assert "decoder nano: openvino bfloat16 on cpu, ready" in caplog.text
     assert "openvino bfloat16 on cpu (auto: OpenVINO is the fastest on a CPU)" in caplog.text
     assert EncoderReplica(nano(), "nano").info().dtype == "float32"
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class ReferenceEncoder:
             module = checkpoint.build_encoder(self.card.architecture)
         state = checkpoint.load_half(folder, checkpoint.ENCODER, self.card)
         module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
-        self.module = module.float().eval().to(device)
+        self.module: Any = module.float().eval().to(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 is meant: TF32 convolutions keep ten bits
 
     @torch.inference_mode()

@@ -36,7 +36,7 @@ class FlashEncoder:
         reference = ReferenceEncoder(folder, device)
         self.card, self.device, self.dtype = reference.card, device, getattr(torch, dtype)
         self.runtime = f"flash {dtype} on {device}"
-        self.module: Any = reference.module.requires_grad_(False).to(self.dtype)
+        self.module = reference.module.requires_grad_(False).to(self.dtype)
         self.tables = [
             tuple(_table(own).contiguous() for own in (block.attn.rel_pos_h, block.attn.rel_pos_w))
             for block in self.module.blocks
