@@ -60,8 +60,7 @@ def expose(rng: np.random.Generator, light: Planes, detail: float, bright: bool)
 
     `detail` px is the smallest thing that the blur must leave visible; `bright` fields keep their level.
     """
-    channels, height, width = light.shape
-    size = height, width
+    height, width = size = light.shape[1:]
     focus = min(rng.choice([0.5, 0.8, 1.2, 2.5], p=[0.35, 0.3, 0.2, 0.15]) * rng.uniform(0.8, 1.3), 0.25 * detail)
     seen = np.stack([blur(plane, max(focus, 0.35)) for plane in light])
     if rng.random() < 0.08:  # a tilted specimen: one side out of focus
@@ -73,15 +72,17 @@ def expose(rng: np.random.Generator, light: Planes, detail: float, bright: bool)
     (a, b), falloff = rng.normal(0, rng.choice([0.02, 0.2]), 2).tolist(), rng.choice([0.0, 0.1, 0.4]) * rng.random()
     seen *= np.clip(1 + a * y + b * x - falloff * (y * y + x * x), np.float32(0.3), 2)
     if not bright:  # exposed for its own brightest structures; some too long, some far too short
-        seen /= np.percentile(seen, 99.7, axis=(1, 2), keepdims=True).astype(np.float32) + np.float32(0.02)
+        most = np.maximum(np.percentile(seen, 99.5, axis=(1, 2)), 0.5 * seen.max(axis=(1, 2))).astype(np.float32)
+        seen /= most[:, None, None] + np.float32(0.02)
         seen *= rng.choice([0.3, 0.7, 0.95, 1.4], p=[0.12, 0.33, 0.4, 0.15]) * rng.uniform(0.8, 1.1)
         seen += np.float32(rng.choice([0.01, 0.05, 0.15]) * rng.random())
-    well = np.float32(math.exp(rng.uniform(math.log(60), math.log(8000))))  # electrons at full scale
+    well = np.float32(math.exp(rng.uniform(math.log(100), math.log(8000))))  # electrons at full scale
     grain = rng.standard_normal(seen.shape, np.float32)
     if rng.random() < 0.25:  # resampled or compressed on the way: noise of neighbours is alike
         grain = ndimage.uniform_filter(grain, (0, 2, 2)) * np.float32(1.6)
     root = np.sqrt(np.maximum(seen, 0) * well) + grain / 2  # the square of this is close to Poisson
-    seen = np.maximum(root, 0) ** 2 / well
+    root = np.maximum(root, 0)
+    seen = root * root / well
     seen += np.float32(rng.choice([0.003, 0.01, 0.03], p=[0.5, 0.4, 0.1])) * rng.standard_normal(seen.shape, np.float32)
     if rng.random() < 0.1:
         for _ in range(rng.integers(1, 20)):  # hot pixels
@@ -106,8 +107,11 @@ def develop(
     else:
         mixed = sum(shade[..., None] * tint for shade, tint in zip(shades, tints, strict=True))
         image = np.rint(np.clip(mixed, 0, 255)).astype(np.uint8)
-    if rng.random() < (0.05 if bright else 0.12):
+    if rng.random() < 0.12 and not (bright and len(shades) == 3):
         image = 255 - image
+    if rng.random() < 0.03:  # a scale bar
+        height, width = image.shape[:2]
+        image[height - height // 12 :, -width // 3 : -width // 20][: max(2, height // 60)] = rng.choice([0, 255])
     if rng.random() < 0.15:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=int(rng.integers(25, 90)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ Size = tuple[int, int]  # height, width
 
 MIN_AREA = 9  # px of an instance
 MOST = 200  # objects of a field
+PATIENCE = 30  # objects in a row that found no place
 FAR = np.float32(1000)  # px: no object near
 MARGIN = 6.0  # px around an outline in which its distance is still known
 
@@ -137,7 +139,7 @@ def star(
     turn = rng.uniform(0, 2 * math.pi) if turn is None else turn
     c, s = math.cos(turn), math.sin(turn)
     long, short = radius * math.sqrt(stretch), radius / math.sqrt(stretch)
-    waves = [(float(a) * wobble / k, float(b) * wobble / k) for k, (a, b) in enumerate(rng.normal(size=(5, 2)), 1)]
+    waves = [(a * wobble / k**1.3, b * wobble / k**1.3) for k, (a, b) in enumerate(rng.normal(size=(5, 2)).tolist(), 1)]
 
     def depth(dy: Plane, dx: Plane) -> Plane:
         u, v = (c * dx + s * dy) / long, (c * dy - s * dx) / short
@@ -149,7 +151,7 @@ def star(
         for a, b in waves:
             real, imaginary = real * p - imaginary * q, real * q + imaginary * p  # cos and sin of one more turn
             edge += a * real + b * imaginary
-        return (1 - rho / np.maximum(edge, np.float32(0.4))) * short
+        return np.asarray((1 - rho / np.maximum(edge, np.float32(0.4))) * np.float32(short))
 
     swing = sum(math.hypot(a, b) for a, b in waves)
     return Shape(long * (1 + swing), depth)
@@ -165,15 +167,21 @@ def rod(rng: np.random.Generator, radius: float, length: float, bend: float, seg
 
     def depth(dy: Plane, dx: Plane) -> Plane:
         nearest = np.full(np.broadcast_shapes(dy.shape, dx.shape), FAR * FAR, np.float32)
-        for (ay, ax), (by, bx) in zip(ends, ends[1:], strict=False):
-            ey, ex = by - ay, bx - ax
-            along = ((dy - ay) * ey + (dx - ax) * ex) / (ey * ey + ex * ex + 1e-6)
-            along = np.clip(along, 0, 1)
-            off_y, off_x = dy - ay - along * ey, dx - ax - along * ex
-            np.minimum(nearest, off_y * off_y + off_x * off_x, out=nearest)
+        for (ay, ax), (by, bx) in pairwise(ends):
+            (top, bottom), (left, right) = _near(dy[:, 0], ay, by, radius), _near(dx[0], ax, bx, radius)
+            y, x, ey, ex = dy[top:bottom] - ay, dx[:, left:right] - ax, by - ay, bx - ax
+            along = np.clip((y * ey + x * ex) / (ey * ey + ex * ex + 1e-6), 0, 1)
+            off_y, off_x, box = y - along * ey, x - along * ex, nearest[top:bottom, left:right]
+            np.minimum(box, off_y * off_y + off_x * off_x, out=box)
         return np.float32(radius) - np.sqrt(nearest)
 
     return Shape(float(np.hypot(*points.T).max()) + radius, depth)
+
+
+def _near(pixels: Plane, a: float, b: float, radius: float) -> tuple[int, int]:
+    """The range of `pixels`, one apart, from which the segment a..b may be the nearest that matters."""
+    away, first = radius + MARGIN, float(pixels[0])
+    return max(0, int(min(a, b) - away - first)), max(0, int(max(a, b) + away - first) + 2)
 
 
 def union(parts: list[Part]) -> Shape:
@@ -202,8 +210,8 @@ def scatter(
 ) -> Layout:
     """Place objects until they cover about `cover` of the field; `colony` is the share that settles beside others."""
     height, width = layout.size
-    wanted = cover * height * width
-    for _ in range(3 * most):
+    wanted, misses = cover * height * width, 0
+    while wanted > 0 and len(layout.items) < most and misses < PATIENCE:
         radius = layout.radius * math.exp(rng.normal(0, vary))
         y, x = rng.uniform(-0.3 * radius, height + 0.3 * radius), rng.uniform(-0.3 * radius, width + 0.3 * radius)
         if layout.items and rng.random() < colony:
@@ -212,8 +220,7 @@ def scatter(
             y, x = near.y + away * math.sin(turn), near.x + away * math.cos(turn)
         placed = [layout.place(part, y, x, radius, overlap, rule) for part in make(rng, radius)]
         wanted -= sum(item.area for item in layout.items[len(layout.items) - sum(placed) :])
-        if wanted <= 0 or len(layout.items) >= most:
-            break
+        misses = 0 if any(placed) else misses + 1
     return layout
 
 
@@ -227,6 +234,6 @@ def tessellation(rng: np.random.Generator, layout: Layout, stretch: float, jitte
         for column in range(-1, int(width / pitch) + 2):
             y = (row + 0.5 + rng.normal(0, jitter)) * pitch
             x = (column + 0.5 * (row % 2) + 0.25 + rng.normal(0, jitter)) * pitch
-            own = stretch * math.exp(rng.normal(0, 0.1))
-            layout.place(Part(star(rng, 1.6 * pitch, own, turn=turn)), y, x, pitch / 2, math.inf, "deep")
+            own, reach = stretch * math.exp(rng.normal(0, 0.1)), 1.2 * pitch * math.exp(rng.normal(0, 0.1))
+            layout.place(Part(star(rng, reach, own, turn=turn)), y, x, pitch / 2, math.inf, "deep")
     return layout

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.synthetic.camera import Planes, blur, noise
-from jobs.synthetic.layout import Layout, Make, Part, Plane, Size, rod, scatter, star, tessellation, union
+from jobs.synthetic.layout import MOST, Layout, Make, Part, Plane, Size, rod, scatter, star, tessellation, union
 
 Rng = np.random.Generator
 GREY = [[1.0, 1.0, 1.0]]
 DYES = np.array([[0, 1, 0], [0, 0.3, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1], [1, 0.9, 0], [1, 0.4, 0], [1, 1, 1]])
-# Optical densities of haematoxylin, eosin and DAB in R, G, B: Ruifrok & Johnston, Anal Quant Cytol Histol 2001.
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+# Optical densities of haematoxylin, eosin and DAB in R, G, B: Ruifrok & Johnston, Anal Quant Cytol Histol 2001;
+# eosin less pure than theirs, as scanners show it.
+STAINS = np.array([[0.65, 0.70, 0.29], [0.12, 0.85, 0.45], [0.27, 0.57, 0.78]])
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def _log_uniform(rng: Rng, low: float, high: float) -> float:
 def _spread(rng: Rng, layout: Layout, spread: float) -> npt.NDArray[np.float64]:
     """A brightness for each object, around its part's own."""
     own = np.array([item.bright for item in layout.items])
-    return own * np.exp(rng.normal(0, spread, len(own)))
+    return np.asarray(own * np.exp(rng.normal(0, spread, len(own))))
 
 
 def _edge(layout: Layout, at: float, width: float) -> Plane:
@@ -80,7 +81,7 @@ PLATE = np.array([-0.4, 0.0, 0.4])
 
 
 def _cell(rng: Rng) -> Make:
-    stretch, wobble = rng.choice([1.1, 1.6, 2.6]), rng.choice([0.05, 0.15, 0.3])
+    stretch, wobble = rng.choice([1.1, 1.6, 2.6]), rng.choice([0.04, 0.1, 0.2])
     return lambda rng, radius: [Part(star(rng, radius, max(1, stretch * rng.uniform(0.7, 1.3)), wobble))]
 
 
@@ -100,10 +101,10 @@ def _bacterium(rng: Rng) -> Make:
 
 
 def _filament(rng: Rng) -> Make:
-    length, kink = rng.uniform(12, 40), rng.uniform(0.05, 0.4)
+    length, kink = rng.uniform(12, 40), rng.uniform(0.03, 0.25)
 
     def make(rng: Rng, radius: float) -> list[Part]:
-        return [Part(rod(rng, radius, radius * length * rng.uniform(0.5, 1.2), rng.normal(0, 1), 8, kink))]
+        return [Part(rod(rng, radius, radius * length * rng.uniform(0.5, 1.2), rng.normal(0, 1), 12, kink))]
 
     return make
 
@@ -122,23 +123,24 @@ def _budding(rng: Rng) -> Make:
     return make
 
 
-def _strewn(make: Callable[[Rng], Make], low: float, high: float, rule_weights: tuple[float, float, float]) -> Lay:
-    """Objects of a radius from `low` px to `high` × the field, loose, crowded or in colonies."""
+def _strewn(make: Callable[[Rng], Make], low: float, high: float, rules: Rules, rough: float = 0.0) -> Lay:
+    """Objects of a radius from `low` px to `high` × the field, loose, crowded or in colonies; `rough` outlines."""
 
     def lay(rng: Rng, size: Size) -> Layout:
         radius = _log_uniform(rng, low, max(2 * low, high * min(size)))
-        rough = rng.choice([0.0, 0.03, 0.08]) * radius
-        layout = Layout(size, radius, noise(rng, size, max(2, radius / 4)) * np.float32(rough) if rough else None)
+        uneven = rough * rng.choice([0.0, 0.0, 0.5, 1.0]) * radius
+        layout = Layout(size, radius, noise(rng, size, max(2, radius / 4)) * np.float32(uneven) if uneven else None)
+        few = radius > 0.07 * min(size) and rng.random() < 0.2
         scatter(
             rng,
             layout,
             make(rng),
-            _log_uniform(rng, 0.03, 0.8),
+            rng.uniform(0.06, 0.7),
             vary=rng.choice([0.05, 0.2, 0.4]),
             overlap=rng.choice([0.02, 0.15, 0.35]),
-            rule=rng.choice(["over", "under", "deep"], p=rule_weights),
+            rule=rng.choice(["over", "under", "deep"], p=rules),
             colony=rng.choice([0.0, 0.0, 0.6, 0.95]),
-            most=int(rng.choice([1, 3, 200], p=[0.06, 0.06, 0.88])),
+            most=int(rng.integers(1, 5)) if few else MOST,
         )
         return layout.finish(rng.choice([0.0, 1.0]))
 
@@ -148,7 +150,7 @@ def _strewn(make: Callable[[Rng], Make], low: float, high: float, rule_weights: 
 def _sheet(rng: Rng, size: Size) -> Layout:
     radius = _log_uniform(rng, 5, 0.2 * min(size))
     layout = Layout(size, radius, noise(rng, size, radius / 2) * np.float32(rng.choice([0, 0.06]) * radius))
-    tessellation(rng, layout, rng.choice([1.0, 1.3, 2.0]), rng.uniform(0.08, 0.3))
+    tessellation(rng, layout, rng.choice([1.0, 1.3, 1.8]), rng.uniform(0.12, 0.35))
     return layout.finish(rng.choice([0.0, 1.0, 2.5]))
 
 
@@ -176,9 +178,9 @@ def _body(rng: Rng, layout: Layout) -> Plane:
     body = flat + np.float32(rng.choice([0, 0.5, 1]) * rng.random()) * (dome - flat)
     fine = noise(rng, layout.size, max(1.0, layout.radius * rng.uniform(0.08, 0.3)))
     body *= np.maximum(1 + np.float32(rng.choice([0.05, 0.2, 0.45])) * fine, np.float32(0.15))
-    look, spots = rng.random(), noise(rng, layout.size, max(1.0, layout.radius * rng.uniform(0.12, 0.25)))
+    look, spots = rng.random(), noise(rng, layout.size, max(1.0, layout.radius * rng.uniform(0.08, 0.18)))
     if look < 0.2:  # nucleoli, vacuoles
-        body *= 1 - np.float32(rng.uniform(0.3, 0.9)) * np.clip(3 * spots - np.float32(3), 0, 1)
+        body *= 1 - np.float32(rng.uniform(0.3, 0.9)) * np.clip(1.5 * spots - np.float32(1.7), 0, 1)
     elif look < 0.4:  # chromocentres, granules
         body *= 1 + np.float32(rng.uniform(0.5, 2)) * np.clip(2 * spots - np.float32(2.2), 0, 1)
     elif look < 0.55:
@@ -191,9 +193,8 @@ def _glow(rng: Rng, layout: Layout) -> Scene:
     light = _body(rng, layout) + _ghosts(rng, layout)
     if rng.random() < 0.3:  # wide-field: overlapping objects add up
         light += np.float32(0.5) * np.minimum(layout.stack, 2) * _smooth(layout)
-    light += np.float32(rng.choice([0.02, 0.1, 0.35])) * np.maximum(
-        1 + np.float32(rng.uniform(0, 0.5)) * noise(rng, layout.size, _log_uniform(rng, 2, 60)), 0
-    )
+    haze = 1 + np.float32(rng.choice([0.05, 0.3])) * noise(rng, layout.size, _log_uniform(rng, 2, 60))
+    light += np.float32(rng.choice([0.02, 0.08, 0.25])) * np.maximum(haze, 0)
     tint = GREY if rng.random() < 0.75 else [DYES[rng.integers(len(DYES))]]
     return Scene(light[None], tint)
 
@@ -223,6 +224,7 @@ def _cytoplasm(rng: Rng, layout: Layout) -> Scene:
     if rng.random() < 0.4:
         cell *= np.float32(0.5) + _fibres(rng, layout.size, max(1.5, layout.radius / 8))
     cell *= 1 - np.float32(rng.choice([-0.4, 0.0, 0.6, 0.9])) * kernel
+    cell *= 1 - np.float32(rng.uniform(0.2, 0.7)) * _edge(layout, 0, max(1.0, 0.06 * layout.radius))
     cell += _ghosts(rng, layout) * np.float32(0.5) + np.float32(rng.choice([0.02, 0.1, 0.25]))
     nuclei = kernel * inner.per_object(_spread(rng, inner, 0.3), 1) * (
         1 + np.float32(0.2) * noise(rng, layout.size, max(1.2, inner.radius / 4))
@@ -270,7 +272,7 @@ def _phase(rng: Rng, layout: Layout) -> Scene:
         halo = blur(thick, min(max(2.0, layout.radius * rng.uniform(0.25, 0.8)), 25))
         sign = rng.choice([-1.0, 1.0], p=[0.75, 0.25])
         light = _ground(rng, layout.size, level) + np.float32(sign) * deep * (thick - halo * rng.uniform(0.6, 1.1))
-        light += np.float32(rng.choice([0, 0.3]) * rng.random()) * _edge(layout, -1, max(1.0, 0.06 * layout.radius))
+        light += np.float32(rng.choice([0, 0.6]) * rng.random()) * _edge(layout, -1, max(1.0, 0.06 * layout.radius))
     return Scene(np.clip(light, 0, 1.2)[None], GREY, bright=True)
 
 
@@ -296,21 +298,35 @@ def _transmitted(ground: Plane, dense: list[Plane], colours: npt.NDArray[np.floa
 
 def _stained(rng: Rng, layout: Layout) -> Scene:
     """A section: blue nuclei, some of them brown, on pink or pale blue tissue with fibres and gaps."""
-    size, stains = layout.size, np.abs(STAINS + rng.normal(0, 0.06, (3, 3))) * 2.3
-    tissue = np.maximum(1 + np.float32(0.35) * noise(rng, size, _log_uniform(rng, 3, 30), rng.uniform(1, 4)), 0)
-    tissue += np.float32(rng.uniform(0, 0.8)) * _fibres(rng, size, rng.uniform(3, 10))
+    size, stains = layout.size, np.abs(STAINS + rng.normal(0, 0.06, (3, 3))) * 2.0
+    tissue = np.maximum(1 + np.float32(0.25) * noise(rng, size, _log_uniform(rng, 2, 30), rng.uniform(1, 3)), 0)
+    tissue += np.float32(rng.choice([0.0, 0.6]) * rng.random()) * _fibres(rng, size, rng.uniform(3, 10))
     gaps = np.clip(4 * (noise(rng, size, rng.uniform(15, 50)) - np.float32(rng.uniform(0.7, 2.5))), 0, 1)
     tissue *= 1 - gaps
     brown = rng.choice([0.0, 0.4, 0.9]) > rng.random(len(layout.items))
     body, pale = _body(rng, layout), rng.uniform(0.25, 1.0)
     blue = body * layout.per_object(np.where(brown, 0.3, pale)) + np.float32(rng.choice([0.02, 0.12])) * tissue
     blue += np.float32(0.3) * _ghosts(rng, layout)
+    blue += np.float32(rng.choice([0.0, 0.4])) * _smooth(layout) * _edge(layout, 1, max(0.9, 0.08 * layout.radius))
     dab = body * layout.per_object(np.where(brown, rng.uniform(0.4, 1.2), 0.0))
-    eosin = np.float32(rng.choice([0.02, 0.15, 0.3])) * tissue * (1 - np.float32(0.6) * _smooth(layout))
+    eosin = np.float32(rng.choice([0.02, 0.08, 0.16])) * tissue * (1 - np.float32(0.6) * _smooth(layout))
     if rng.random() < 0.25:  # a stain of membranes, or one that leaks
         dab += np.float32(rng.uniform(0.1, 0.6)) * _edge(layout, -0.3 * layout.radius, 0.3 * layout.radius) * tissue
     ground = _ground(rng, size, rng.uniform(0.8, 0.97))
     return Scene(_transmitted(ground, [blue, eosin, dab], stains), np.eye(3), bright=True)
+
+
+def _section(rng: Rng, layout: Layout) -> Scene:
+    """A section of epithelium: pink or brown cells with pale or dark borders, and blue nuclei."""
+    size, stains = layout.size, np.abs(STAINS + rng.normal(0, 0.06, (3, 3))) * 2.0
+    inner, width = _kernels(rng, layout, rng.uniform(0.25, 0.5)), max(1.0, 0.06 * layout.radius)
+    blue = _smooth(inner) * inner.per_object(_spread(rng, inner, 0.2) * rng.uniform(0.3, 0.9))
+    blue *= 1 + np.float32(0.3) * noise(rng, size, max(1.2, inner.radius / 4))
+    pink = np.float32(rng.uniform(0.08, 0.3)) * _body(rng, layout) + np.float32(0.03) * _ghosts(rng, layout)
+    border, brown = _edge(layout, 0, width), np.float32(rng.choice([0.0, 0.5]))
+    pink *= 1 - np.float32(rng.uniform(0.2, 0.9)) * border
+    dense = [blue, pink, brown * border * rng.uniform(0.3, 1.5)]
+    return Scene(_transmitted(_ground(rng, size, rng.uniform(0.8, 0.97)), dense, stains), np.eye(3), bright=True)
 
 
 def _relief(rng: Rng, layout: Layout) -> Scene:
@@ -318,16 +334,20 @@ def _relief(rng: Rng, layout: Layout) -> Scene:
     size, turn = layout.size, rng.uniform(0, 2 * math.pi)
     height = np.float32(rng.uniform(0.3, 1.5)) * np.sqrt(layout.relative * (2 - layout.relative)) * layout.radius / 3
     height += _edge(layout, 0.1 * layout.radius, max(0.8, 0.05 * layout.radius)) * np.float32(rng.uniform(0, 1.5))
+    if rng.random() < 0.5:  # a figure
+        height += np.float32(rng.uniform(0.5, 2)) * _smooth(_kernels(rng, layout, rng.uniform(0.3, 0.6)), 2)
     worn = np.clip(2 * noise(rng, size, max(1.5, layout.radius / rng.uniform(3, 8))), -1, 1)
     height += np.float32(rng.choice([0, 1]) * rng.uniform(0.3, 1.5)) * worn * _smooth(layout, 3)
     gy, gx = np.gradient(blur(height, 0.7))
     shade = np.float32(math.sin(turn)) * gy + np.float32(math.cos(turn)) * gx
-    table = np.float32(rng.uniform(0.05, 0.9)) * (
-        1 + np.float32(rng.choice([0.02, 0.1, 0.25])) * noise(rng, size, _log_uniform(rng, 1, 12), rng.uniform(1, 4))
-    )
-    table += np.float32(rng.choice([0.0, 0.15])) * noise(rng, size, min(size) / 3)
+    level, lighter = rng.uniform(0.08, 0.8), rng.random() < 0.75
+    level = min(level, 0.5) if lighter else max(level, 0.45)
+    face = rng.uniform(0.15, 0.45) if lighter else -rng.uniform(0.15, 0.35)
+    grain = noise(rng, size, _log_uniform(rng, 1, 12), rng.choice([1.0, rng.uniform(1, 4)]))
+    table = np.float32(level) + np.float32(abs(face) * rng.choice([0.03, 0.1, 0.25])) * grain
+    table += np.float32(abs(face) * rng.choice([0.0, 0.4])) * noise(rng, size, min(size) / 3)
     table *= 1 - np.float32(rng.choice([0.0, 0.5])) * blur(_smooth(layout), 0.15 * layout.radius + 1)  # their shadow
-    own = layout.per_object(_spread(rng, layout, rng.choice([0.05, 0.25])) * rng.uniform(0.25, 0.9))
+    own = layout.per_object(level + face * _spread(rng, layout, rng.choice([0.05, 0.25])))
     own *= 1 + np.float32(rng.choice([0.03, 0.12])) * noise(rng, size, rng.uniform(1, 4))
     light = table + _smooth(layout) * (own * (1 + np.float32(rng.uniform(0.2, 0.7)) * shade) - table)
     tint = GREY if rng.random() < 0.7 else [rng.uniform(0.6, 1, 3)]
@@ -336,18 +356,19 @@ def _relief(rng: Rng, layout: Layout) -> Scene:
 
 Lay = Callable[[Rng, Size], Layout]
 Light = Callable[[Rng, Layout], Scene]
-EVENLY = (0.4, 0.2, 0.4)  # over, under, deep
+Rules = tuple[float, float, float]
+EVENLY: Rules = (0.4, 0.2, 0.4)  # over, under, deep
 TOUCHING = (0.0, 0.1, 0.9)
 KINDS: dict[str, tuple[list[Lay], list[Light]]] = {
-    "nuclei": ([_strewn(_nucleus, 2.5, 0.28, EVENLY)], [_glow]),
-    "cells": ([_strewn(_cell, 6, 0.4, EVENLY)], [_cytoplasm]),
-    "phase": ([_strewn(_cell, 4, 0.3, EVENLY), _strewn(_disc, 3, 0.25, EVENLY)], [_phase]),
-    "brightfield": ([_strewn(_cell, 4, 0.3, EVENLY), _strewn(_nucleus, 4, 0.25, EVENLY)], [_absorbing]),
-    "histology": ([_strewn(_nucleus, 3.5, 0.15, EVENLY)], [_stained]),
+    "nuclei": ([_strewn(_nucleus, 2.5, 0.28, EVENLY, 0.05)], [_glow]),
+    "cells": ([_strewn(_cell, 6, 0.4, EVENLY, 0.08)], [_cytoplasm]),
+    "phase": ([_strewn(_cell, 4, 0.3, EVENLY, 0.08), _strewn(_disc, 3, 0.25, EVENLY)], [_phase]),
+    "brightfield": ([_strewn(_cell, 4, 0.3, EVENLY, 0.08), _strewn(_nucleus, 4, 0.25, EVENLY)], [_absorbing]),
+    "histology": ([_strewn(_nucleus, 3.5, 0.15, EVENLY, 0.05)], [_stained]),
     "membranes": ([_sheet, _strewn(_cell, 6, 0.3, TOUCHING)], [_outline]),
     "bacteria": ([_strewn(_bacterium, 1.6, 0.05, EVENLY)], [_glow, _phase, _absorbing]),
     "filaments": ([_strewn(_filament, 1.3, 0.025, (0.5, 0.5, 0.0))], [_glow, _phase, _absorbing]),
     "discs": ([_strewn(_disc, 4, 0.3, TOUCHING)], [_relief, _relief, _glow]),
-    "tissue": ([_sheet], [_cytoplasm, _outline, _stained]),
+    "tissue": ([_sheet], [_cytoplasm, _outline, _section]),
     "yeast": ([_strewn(_budding, 3, 0.18, TOUCHING)], [_phase, _absorbing, _glow, _outline]),
 }
