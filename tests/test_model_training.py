@@ -1,0 +1,207 @@
+"""Training: the modules' own answers, targets, prompts, losses, and steps that learn, repeat and resume."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import InvalidInput
+from serve_app.model import checkpoint, decoder, encoder, preprocess, training
+from serve_app.model.prompts import DecodeRequest, Prompts
+from serve_app.model.training import Plan, Sample, Trainer
+from tests.weights_of_sam import extracted, relative
+
+PLAN = Plan(lr=1e-3, loss="bce", rounds=2, seed=1, encoder=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extracted(checkpoint.seeded("nano", 3), tmp_path_factory.mktemp("nano"))
+
+
+def discs(seed: int, window: int = 64, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Bright discs on dark ground: pixels [w, w, 3] uint8 and masks [N, w, w] bool."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:window, :window]
+    centres, radii = rng.uniform(10, window - 10, (number, 2)), rng.uniform(5, 9, number)
+    found = np.stack([(y - cy) ** 2 + (x - cx) ** 2 < r**2 for (cy, cx), r in zip(centres, radii, strict=True)])
+    pixels = np.where(found.any(0), 200, 40) + rng.normal(0, 8, (window, window))
+    return np.repeat(pixels.clip(0, 255).astype(np.uint8)[..., None], 3, 2), found
+
+
+def sample(seed: int, window: int = 64) -> Sample:
+    pixels, found = discs(seed, window)
+    made = training.sample(f"disc-{seed}", pixels, window, 8, found)
+    assert made is not None
+    return made
+
+
+def embedded(seed: int) -> Sample:
+    image = np.random.default_rng(seed).normal(size=(256, 32, 32)).astype(np.float16)
+    made = training.sample(f"embedding-{seed}", image, 256, 8, discs(seed, 200)[1])
+    assert made is not None
+    return made
+
+
+def batch(step: int) -> list[Sample]:
+    return [sample(2 * step), sample(2 * step + 1)]
+
+
+def trained(folder: Path, steps: int, plan: Plan = PLAN) -> tuple[Trainer, list[float]]:
+    trainer = Trainer(folder, plan)
+    return trainer, [trainer.step(batch(step), step / 10).loss for step in range(steps)]
+
+
+def test_modules_answer_as_the_references(folder: Path) -> None:
+    trainer = Trainer(folder, Plan(1e-3, "focal", 1, 0))
+    pixels, _ = discs(0, 256)
+    reference = encoder.load(folder)
+    trainer.encoder = reference.module  # type: ignore[attr-defined]
+    normal = encoder.normalise([pixels], 256)
+    with torch.no_grad():
+        ours = trainer._encode(normal, (0, 0))
+    expected = reference.encode([pixels])
+    assert relative(ours, expected) < 1e-5
+    boxes = np.array([[10, 20, 90, 120], [50, 60, 200, 220]], np.float32)
+    one = Sample("x", expected[0].numpy(), 256, boxes, np.zeros((2, 128, 128), np.uint8))
+    trainer.decoder.derive()
+    with torch.no_grad():
+        prompts = training._Prompts(trainer, one, (0, 0), boxes=True, jitter=False)
+        logits, scores = trainer._decode(expected.clone(), prompts, (0, 0))
+    request = DecodeRequest(expected[0].numpy(), (256, 256), Prompts(boxes=boxes))
+    for outputs, multimask in ((slice(0, 1), False), (slice(1, None), True)):
+        asked = DecodeRequest(request.embedding, request.original, request.prompts, multimask)
+        masks, predicted = decoder.load(folder).logits(asked)
+        assert relative(logits[:, outputs], masks) < 1e-4
+        assert relative(scores[:, outputs], predicted) < 1e-4
+
+
+def test_windows_see_the_positions_of_their_place(folder: Path) -> None:
+    """With attention in windows alone and no padding, a window of the image is encoded as if the rest were there."""
+    trainer = Trainer(folder, PLAN)
+    trainer.restore({**trainer.snapshot(), "state": checkpoint.seeded("nano", 5)})
+    for block in trainer.encoder.blocks:
+        block.window_size = 8
+        block.attn.rel_pos_h.data, block.attn.rel_pos_w.data = torch.randn(2, 15, 64)
+    pixels = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        whole = trainer._encode(pixels, (0, 0))
+        part = trainer._encode(pixels[..., 64:192, 128:256], (8, 16))
+    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # the neck looks one token far
+    assert relative(part[inner], whole[..., 8:24, 16:32][inner]) < 1e-4
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([64, 128, 256]))
+def test_coverage_keeps_to_the_image(height: int, width: int, window: int) -> None:
+    """An image that is all object covers its share of the padded input, and nothing of the padding."""
+    side = window // 2
+    (covered,) = training.coverage(np.ones((1, height, width), bool), window, side)
+    high, wide = preprocess.input_size((height, width), window)
+    assert covered[: high // 2, : wide // 2].min(initial=4) == 4
+    assert not covered[-(-high // 2) :].any()
+    assert not covered[:, -(-wide // 2) :].any()
+
+
+def test_coverage_is_exact_where_pixels_and_samples_meet() -> None:
+    found = np.random.default_rng(0).random((3, 64, 48)) < 0.5
+    covered = training.coverage(found, 64, 32)
+    expected = np.zeros((3, 64, 64), int)
+    expected[:, :, :48] = found
+    np.testing.assert_array_equal(covered, expected.reshape(3, 32, 2, 32, 2).sum((2, 4)))
+
+
+def test_objects_that_the_decoder_cannot_show_are_left_out() -> None:
+    found = np.zeros((2, 2000, 2000), bool)
+    found[0, 7, 7] = True  # between the places that are looked at
+    assert training.sample("x", np.zeros((256, 32, 32), np.float16), 256, 8, found) is None
+    found[1, 500:900, 500:1000] = True
+    made = training.sample("x", np.zeros((256, 32, 32), np.float16), 256, 8, found)
+    assert made is not None
+    np.testing.assert_allclose(made.boxes, [[64, 64, 128, 115.2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [PLAN, Plan(1e-3, "focal", 2, 1, True)])
+def test_steps_reduce_the_loss_and_find_the_masks(folder: Path, plan: Plan) -> None:
+    trainer = Trainer(folder, plan)
+    same = batch(0)
+    losses = [trainer.step(same, 0.1).loss for _ in range(25)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_decoder_alone_learns_and_leaves_the_encoder(folder: Path) -> None:
+    trainer = Trainer(folder, Plan(1e-3, "focal", 3, 0))
+    assert not any(name.startswith("image_encoder.") for name in trainer.weights())
+    before = trainer.weights()
+    losses = [trainer.step([embedded(0), embedded(1)], 0.1).loss for _ in range(6)]
+    assert losses[-1] < losses[0]
+    fixed = {name for name, tensor in trainer.weights().items() if torch.equal(tensor, before[name])}
+    assert "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix" in fixed
+    spared = ("gaussian_matrix", "k_proj.bias", "hypernetworks", "point_embed", "not_a_point", "mask_downscaling")
+    assert all(any(part in name for part in spared) for name in fixed)  # a key's bias moves no softmax
+
+
+def test_a_seed_repeats_and_another_does_not(folder: Path) -> None:
+    first, again = trained(folder, 3)[1], trained(folder, 3)[1]
+    assert first == again
+    assert first != trained(folder, 3, Plan(1e-3, "bce", 2, 2, True))[1]
+
+
+def test_resumed_training_equals_uninterrupted(folder: Path) -> None:
+    whole, losses = trained(folder, 5)
+    half, _ = trained(folder, 3)
+    resumed = Trainer(folder, PLAN)
+    resumed.restore(half.snapshot())
+    assert [resumed.step(batch(step), step / 10).loss for step in (3, 4)] == losses[3:]
+    assert all(torch.equal(tensor, resumed.weights()[name]) for name, tensor in whole.weights().items())
+
+
+def test_no_weight_changes_where_the_loss_is_no_number(folder: Path) -> None:
+    trainer = Trainer(folder, Plan(1e-3, "focal", 1, 0))
+    good = embedded(0)
+    bad = Sample("bad", np.full_like(good.image, np.nan), 256, good.boxes, good.masks)
+    before = trainer.weights()
+    assert np.isnan(trainer.step([good, bad], 0.5).loss)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.weights().items())
+    assert np.isfinite(trainer.step([good], 0.5).loss)
+
+
+def test_random_weights_start_afresh_with_the_encoder(folder: Path) -> None:
+    state = Trainer(folder, PLAN).weights()
+    assert not state["image_encoder.pos_embed"].any()
+    assert torch.equal(
+        Trainer(folder, Plan(1e-3, "bce", 1, 0)).weights()["mask_decoder.iou_token.weight"],
+        checkpoint.seeded("nano", 3)["mask_decoder.iou_token.weight"],
+    )
+
+
+def test_clicks_lie_where_they_are_said_to(folder: Path) -> None:
+    trainer = Trainer(folder, PLAN)
+    one = sample(4)
+    target = trainer._target(one)
+    prompts = training._Prompts(trainer, one, (2, 1), boxes=False)
+    prompts.correct(torch.where(target > 0.5, -1.0, -2.0), target)  # all of it was missed
+    prompts.correct(torch.ones_like(target), target)  # all the rest was taken in
+    assert prompts.labels.tolist() == [[1, 1, 0]] * len(target)
+    places = ((prompts.points + 0.5 - torch.tensor([8.0, 16.0])) / 2).floor().long()
+    for own, points in zip(target, places, strict=True):
+        assert [(own[y, x] > 0.5).item() for x, y in points.tolist()] == [True, True, False]
+
+
+@pytest.mark.parametrize("plan", [Plan(0, "bce", 1, 0), Plan(1e-3, "l2", 1, 0), Plan(1e-3, "bce", 0, 0)])
+def test_plans_out_of_range_are_refused(folder: Path, plan: Plan) -> None:
+    with pytest.raises(InvalidInput, match=r"expected|there are"):
+        Trainer(folder, plan)
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    rates = [PLAN.rate(progress) for progress in np.linspace(0, 1, 101)]
+    assert rates[0] < 0.1 * PLAN.lr < 0.9 * PLAN.lr < max(rates) <= PLAN.lr
+    assert rates[-1] == pytest.approx(training.LAST_RATE * PLAN.lr)
+    assert all(a >= b for a, b in pairwise(rates[5:]))
