@@ -111,6 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     samples.add_argument("rest", nargs=argparse.REMAINDER)
     samples.set_defaults(run=_samples)
 
+    synthetic = commands.add_parser(
+        "synthetic",
+        help="write synthetic cells with their labels",
+        description="Write OUT/images/KIND_SEED.png and, under the same names, OUT/labels: uint16, 0 and 1..N. The "
+        "same arguments give the same bytes.",
+    )
+    synthetic.add_argument("out", metavar="OUT", type=Path, help="the folder to write: new, or empty")
+    synthetic.add_argument("--images", type=int, default=100, help="how many (default: %(default)s)")
+    synthetic.add_argument("--seed", type=int, default=0, help="of the first; the others follow (default: %(default)s)")
+    synthetic.add_argument("--size", type=int, default=512, help="height and width, px (default: %(default)s)")
+    synthetic.add_argument("--kind", help="one kind of field (default: all, mixed); a wrong one lists them")
+    synthetic.add_argument("--dtype", default="uint8", help="uint8, RGB; uint16, a TIFF of the camera's channels")
+    synthetic.set_defaults(run=_synthetic)
+
     show = commands.add_parser(
         "show", help="draw a data set's images with their masks", description="Write a contact sheet of a data set."
     )
@@ -187,6 +201,20 @@ def _samples(arguments: argparse.Namespace) -> int:
     from jobs import samples
 
     return samples.main(arguments.rest)
+
+
+def _synthetic(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from jobs import synthetic
+
+    side, images = arguments.size, arguments.images
+    with tqdm(total=max(images, 0), unit="image") as bar:
+        found = synthetic.write(
+            arguments.out, images, arguments.seed, (side, side), arguments.kind, arguments.dtype, bar.update
+        )
+    print(f"{images} images, {found:,} instances in {arguments.out}")
+    return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from jobs.synthetic.scenes import KINDS
 
 EMPTY = "empty"
 EMPTY_SHARE = 0.02  # of fields whose kind is not asked for
-SIDES = 16, 8192  # px
+SIDES = 16, 4096  # px
 NAMES = (*KINDS, EMPTY)
 
 

@@ -61,8 +61,8 @@ def expose(rng: np.random.Generator, light: Planes, detail: float, bright: bool)
     `detail` px is the smallest thing that the blur must leave visible; `bright` fields keep their level.
     """
     height, width = size = light.shape[1:]
-    focus = min(rng.choice([0.5, 0.8, 1.2, 2.5], p=[0.35, 0.3, 0.2, 0.15]) * rng.uniform(0.8, 1.3), 0.25 * detail)
-    seen = np.stack([blur(plane, max(focus, 0.35)) for plane in light])
+    focus = min(rng.choice([0.5, 0.8, 1.2, 2.5], p=[0.35, 0.3, 0.2, 0.15]) * rng.uniform(0.8, 1.3), 0.2 * detail)
+    seen: npt.NDArray[np.floating] = np.stack([blur(plane, max(focus, 0.35)) for plane in light])
     if rng.random() < 0.08:  # a tilted specimen: one side out of focus
         soft, tilt = np.stack([blur(plane, 0.2 * detail + 1) for plane in light]), noise(rng, size, width / 4)
         seen += np.clip(tilt + np.float32(0.3), 0, 1) * (soft - seen)
@@ -71,7 +71,9 @@ def expose(rng: np.random.Generator, light: Planes, detail: float, bright: bool)
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
     (a, b), falloff = rng.normal(0, rng.choice([0.02, 0.2]), 2).tolist(), rng.choice([0.0, 0.1, 0.4]) * rng.random()
     seen *= np.clip(1 + a * y + b * x - falloff * (y * y + x * x), np.float32(0.3), 2)
-    if not bright:  # exposed for its own brightest structures; some too long, some far too short
+    if bright:
+        seen /= max(1.0, float(np.percentile(seen, 99)) * rng.choice([0.9, 1.0]))
+    else:  # exposed for its own brightest structures; some too long, some far too short
         most = np.maximum(np.percentile(seen, 99.5, axis=(1, 2)), 0.5 * seen.max(axis=(1, 2))).astype(np.float32)
         seen /= most[:, None, None] + np.float32(0.02)
         seen *= rng.choice([0.3, 0.7, 0.95, 1.4], p=[0.12, 0.33, 0.4, 0.15]) * rng.uniform(0.8, 1.1)

@@ -17,7 +17,7 @@ Size = tuple[int, int]  # height, width
 
 MIN_AREA = 9  # px of an instance
 MOST = 200  # objects of a field
-PATIENCE = 30  # objects in a row that found no place
+PATIENCE = 40  # objects in a row that found no place; the later ones of them look everywhere
 FAR = np.float32(1000)  # px: no object near
 MARGIN = 6.0  # px around an outline in which its distance is still known
 
@@ -214,7 +214,7 @@ def scatter(
     while wanted > 0 and len(layout.items) < most and misses < PATIENCE:
         radius = layout.radius * math.exp(rng.normal(0, vary))
         y, x = rng.uniform(-0.3 * radius, height + 0.3 * radius), rng.uniform(-0.3 * radius, width + 0.3 * radius)
-        if layout.items and rng.random() < colony:
+        if layout.items and rng.random() < colony and misses < PATIENCE // 4:
             near, turn = layout.items[rng.integers(len(layout.items))], rng.uniform(0, 2 * math.pi)
             away = (near.radius + radius) * rng.uniform(0.85, 1.15)
             y, x = near.y + away * math.sin(turn), near.x + away * math.cos(turn)

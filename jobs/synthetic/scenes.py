@@ -36,13 +36,14 @@ def _log_uniform(rng: Rng, low: float, high: float) -> float:
 def _spread(rng: Rng, layout: Layout, spread: float) -> npt.NDArray[np.float64]:
     """A brightness for each object, around its part's own."""
     own = np.array([item.bright for item in layout.items])
-    return np.asarray(own * np.exp(rng.normal(0, spread, len(own))))
+    return np.asarray(own * np.exp(rng.normal(0, spread, len(own))), np.float64)
 
 
 def _edge(layout: Layout, at: float, width: float) -> Plane:
     """1 where the outline is `at` px away, falling to 1/4 in `width` px."""
     off = (layout.signed - np.float32(at)) / np.float32(width)
-    return 1 / (1 + off * off) ** 2
+    near = 1 + off * off
+    return np.asarray(1 / (near * near), np.float32)
 
 
 def _smooth(layout: Layout, width: float = 1.0) -> Plane:
@@ -123,8 +124,11 @@ def _budding(rng: Rng) -> Make:
     return make
 
 
-def _strewn(make: Callable[[Rng], Make], low: float, high: float, rules: Rules, rough: float = 0.0) -> Lay:
-    """Objects of a radius from `low` px to `high` × the field, loose, crowded or in colonies; `rough` outlines."""
+def _strewn(
+    make: Callable[[Rng], Make], low: float, high: float, rules: Rules, rough: float = 0.0, cross: float = 0.35
+) -> Lay:
+    """Objects of a radius from `low` px to `high` × the field, loose, crowded or in colonies, with `rough` outlines;
+    at most `cross` of one lies under another."""
 
     def lay(rng: Rng, size: Size) -> Layout:
         radius = _log_uniform(rng, low, max(2 * low, high * min(size)))
@@ -137,7 +141,7 @@ def _strewn(make: Callable[[Rng], Make], low: float, high: float, rules: Rules, 
             make(rng),
             rng.uniform(0.06, 0.7),
             vary=rng.choice([0.05, 0.2, 0.4]),
-            overlap=rng.choice([0.02, 0.15, 0.35]),
+            overlap=rng.choice([0.02, 0.4 * cross, cross]),
             rule=rng.choice(["over", "under", "deep"], p=rules),
             colony=rng.choice([0.0, 0.0, 0.6, 0.95]),
             most=int(rng.integers(1, 5)) if few else MOST,
@@ -148,7 +152,7 @@ def _strewn(make: Callable[[Rng], Make], low: float, high: float, rules: Rules, 
 
 
 def _sheet(rng: Rng, size: Size) -> Layout:
-    radius = _log_uniform(rng, 5, 0.2 * min(size))
+    radius = _log_uniform(rng, 5, max(6, 0.2 * min(size)))
     layout = Layout(size, radius, noise(rng, size, radius / 2) * np.float32(rng.choice([0, 0.06]) * radius))
     tessellation(rng, layout, rng.choice([1.0, 1.3, 1.8]), rng.uniform(0.12, 0.35))
     return layout.finish(rng.choice([0.0, 1.0, 2.5]))
@@ -336,15 +340,16 @@ def _relief(rng: Rng, layout: Layout) -> Scene:
     height += _edge(layout, 0.1 * layout.radius, max(0.8, 0.05 * layout.radius)) * np.float32(rng.uniform(0, 1.5))
     if rng.random() < 0.5:  # a figure
         height += np.float32(rng.uniform(0.5, 2)) * _smooth(_kernels(rng, layout, rng.uniform(0.3, 0.6)), 2)
-    worn = np.clip(2 * noise(rng, size, max(1.5, layout.radius / rng.uniform(3, 8))), -1, 1)
-    height += np.float32(rng.choice([0, 1]) * rng.uniform(0.3, 1.5)) * worn * _smooth(layout, 3)
+    grain = max(1.5, layout.radius / rng.uniform(4, 12))
+    worn = np.clip(2 * noise(rng, size, grain), -1, 1) * _smooth(layout, 3)
+    height += np.float32(rng.choice([0.0, 0.3, 0.8]) * grain * rng.uniform(0.3, 1)) * worn
     gy, gx = np.gradient(blur(height, 0.7))
     shade = np.float32(math.sin(turn)) * gy + np.float32(math.cos(turn)) * gx
     level, lighter = rng.uniform(0.08, 0.8), rng.random() < 0.75
     level = min(level, 0.5) if lighter else max(level, 0.45)
     face = rng.uniform(0.15, 0.45) if lighter else -rng.uniform(0.15, 0.35)
-    grain = noise(rng, size, _log_uniform(rng, 1, 12), rng.choice([1.0, rng.uniform(1, 4)]))
-    table = np.float32(level) + np.float32(abs(face) * rng.choice([0.03, 0.1, 0.25])) * grain
+    weave = noise(rng, size, _log_uniform(rng, 1, 12), rng.choice([1.0, rng.uniform(1, 4)]))
+    table = np.float32(level) + np.float32(abs(face) * rng.choice([0.03, 0.1, 0.25])) * weave
     table += np.float32(abs(face) * rng.choice([0.0, 0.4])) * noise(rng, size, min(size) / 3)
     table *= 1 - np.float32(rng.choice([0.0, 0.5])) * blur(_smooth(layout), 0.15 * layout.radius + 1)  # their shadow
     own = layout.per_object(level + face * _spread(rng, layout, rng.choice([0.05, 0.25])))
@@ -367,7 +372,7 @@ KINDS: dict[str, tuple[list[Lay], list[Light]]] = {
     "histology": ([_strewn(_nucleus, 3.5, 0.15, EVENLY, 0.05)], [_stained]),
     "membranes": ([_sheet, _strewn(_cell, 6, 0.3, TOUCHING)], [_outline]),
     "bacteria": ([_strewn(_bacterium, 1.6, 0.05, EVENLY)], [_glow, _phase, _absorbing]),
-    "filaments": ([_strewn(_filament, 1.3, 0.025, (0.5, 0.5, 0.0))], [_glow, _phase, _absorbing]),
+    "filaments": ([_strewn(_filament, 1.3, 0.025, (0.5, 0.5, 0.0), cross=0.05)], [_glow, _phase, _absorbing]),
     "discs": ([_strewn(_disc, 4, 0.3, TOUCHING)], [_relief, _relief, _glow]),
     "tissue": ([_sheet], [_cytoplasm, _outline, _section]),
     "yeast": ([_strewn(_budding, 3, 0.18, TOUCHING)], [_phase, _absorbing, _glow, _outline]),
