@@ -181,6 +181,31 @@ def test_random_weights_start_afresh_with_the_encoder(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("start", ["afresh", "decoder alone", "restored"])
+def test_what_is_trained_is_what_the_result_computes(folder: Path, tmp_path: Path, start: str) -> None:
+    trainer = Trainer(folder, PLAN if start != "decoder alone" else Plan(1e-3, "bce", 1, 1))
+    trainer.step([embedded(0)] if start == "decoder alone" else batch(0), 0.1)
+    if start == "restored":
+        (before, trainer) = trainer, Trainer(folder, Plan(1e-3, "bce", 1, 2, True))
+        trainer.restore(before.snapshot())
+    card = checkpoint.extract(
+        checkpoint.seeded("nano", 3) | trainer.weights(), tmp_path, source="trained", source_sha256="0" * 64
+    )
+    pixels, found = discs(8, 256)
+    array = encoder.load(tmp_path).encode([pixels])
+    one = training.sample("x", array[0].numpy(), 256, 8, found)
+    assert one is not None
+    trainer.decoder.derive()
+    with torch.no_grad():
+        if trainer.encoder is not None:
+            normal = encoder.normalise([pixels], 256, card.pixel_mean, card.pixel_std)
+            assert relative(trainer._encode(normal, (0, 0)), array) < 1e-5
+        prompts = training._Prompts(trainer, one, (0, 0), boxes=True, jitter=False)
+        logits, _ = trainer._decode(array.clone(), prompts, (0, 0))
+    asked = DecodeRequest(one.image, (256, 256), Prompts(boxes=one.boxes))
+    assert relative(logits[:, :1], decoder.load(tmp_path).logits(asked)[0]) < 1e-4
+
+
 def test_clicks_lie_where_they_are_said_to(folder: Path) -> None:
     trainer = Trainer(folder, PLAN)
     one = sample(4)

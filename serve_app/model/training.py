@@ -224,6 +224,7 @@ class Trainer:
         """The float32 weights as the modules compute with them."""
         for name, tensor in {**self.working, **self.buffers}.items():
             tensor.copy_(self.state[name])
+        self.decoder.dense_pe = self.decoder.prompt_encoder.get_dense_pe()
 
     @torch.no_grad()
     def _update(self, rate: float) -> bool:
