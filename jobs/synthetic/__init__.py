@@ -45,7 +45,7 @@ def field(seed: int, size: Size = (256, 256), kind: str | None = None, dtype: st
     """
     if not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InvalidInput(f"seed {seed!r}: expected a whole number from 0")
-    if len(size) != 2 or not all(SIDES[0] <= side <= SIDES[1] for side in size):
+    if len(size) != 2 or any(side not in range(SIDES[0], SIDES[1] + 1) or isinstance(side, float) for side in size):
         raise InvalidInput(f"size {size}: expected height and width from {SIDES[0]} to {SIDES[1]} px")
     if kind not in (None, *NAMES):
         raise InvalidInput(f"kind {kind!r}: expected one of {', '.join(NAMES)}")

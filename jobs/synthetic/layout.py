@@ -72,7 +72,7 @@ class Layout:
         self.stack = np.zeros(self.size, np.float32)
         self.relative = np.zeros(self.size, np.float32)
 
-    def place(self, part: Part, y: float, x: float, radius: float, overlap: float, rule: Rule) -> bool:
+    def place(self, part: Part, y: float, x: float, radius: float, overlap: float = 1, rule: Rule = "under") -> bool:
         """Draw one part, or nothing where it would cover more than `overlap` of itself or of a neighbour."""
         (height, width), y, x = self.size, y + part.dy, x + part.dx
         reach = part.shape.reach + MARGIN
@@ -127,9 +127,24 @@ class Layout:
         np.minimum(self.signed, 0, out=self.signed, where=self.labels == 0)
         return self
 
-    def per_object(self, values: npt.ArrayLike, background: float = 0.0) -> Plane:
-        """N numbers → [h, w], each on its own object."""
-        return np.concatenate([[background], np.asarray(values)]).astype(np.float32)[self.labels]
+    def spread(self, values: npt.ArrayLike) -> Plane:
+        """N numbers → [h, w], each on its own object, 0 elsewhere."""
+        return np.append(0, values).astype(np.float32)[self.labels]
+
+    def per_object(self, rng: np.random.Generator, deviation: float) -> Plane:
+        """[h, w] a brightness for each object, log-normal around its part's own."""
+        own = [item.bright * math.exp(rng.normal(0, deviation)) for item in self.items]
+        return self.spread(own)
+
+    def inside(self, width: float = 1.0) -> Plane:
+        """0..1 across the outline within `width` px."""
+        return np.clip(self.signed / width + 0.5, 0, 1)
+
+    def edge(self, at: float, share: float) -> Plane:
+        """1 where the outline is `at` px away, falling to 1/4 in `share` of a radius."""
+        off = (self.signed - at) / max(0.9, share * self.radius)
+        near = 1 + off * off
+        return np.asarray(1 / (near * near))
 
 
 def star(
@@ -201,7 +216,6 @@ def scatter(
     layout: Layout,
     make: Make,
     cover: float,
-    *,
     vary: float = 0.2,
     overlap: float = 0.1,
     rule: Rule = "over",
