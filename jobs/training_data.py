@@ -29,6 +29,7 @@ VALIDATION_SEED, VALIDATION_FIELDS = 900_000, 24
 SYNTHETIC_EPOCH = 1000  # images
 FIELDS_HELD, CROPS_A_FIELD = 24, 8  # a field is read once for several crops, of which neighbours in time are few
 SMALL_WINDOWS = 0.6  # of the training, in which most windows are a half of the input: four times as fast
+LEAST_LOGITS = 4.0  # that an object covers in a crop: of smaller ones nothing is learnt
 ZOOM = 0.5, 2.0  # input pixels a pixel of the image
 LONGEST = 2.0  # long side over short one, of crops that do not fill the input
 
@@ -231,7 +232,7 @@ class Images:
             return None
         picked = rng.permutation(there)[:OBJECTS]
         resized = preprocess.resize(pixels, window).pixels
-        return training.sample(one.image_id, resized, window, self.patch, labels == picked[:, None, None])
+        return training.sample(one.image_id, resized, window, self.patch, labels == picked[:, None, None], LEAST_LOGITS)
 
 
 def _turned(pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

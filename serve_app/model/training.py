@@ -27,10 +27,11 @@ SUBSAMPLES = 2  # a side, of the pixels that a logit covers: what its target is 
 BOX_JITTER = 0.06  # of a side: standard deviation
 BOX_JITTER_MOST = 0.15
 FOCAL_ALPHA, FOCAL_GAMMA, FOCAL_SHARE = 0.25, 2.0, 20.0  # Segment Anything, appendix A: focal to dice 20 : 1
-AROUND = 0.5  # of an object's sides: how far its surroundings reach in the weighted loss
+AROUND = 0.25  # of an object's sides: how far its surroundings reach in the weighted loss
+BALANCED = 0.5  # of the training, in which object and background weigh more alike than they are large, less and less
 DICE_SHARE = 2.0
 LOSSES = ("focal", "bce")
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.02, 1.0
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.999), 0.02, 1.0
 WARM_UP = 0.03  # of the whole training
 LAST_RATE = 0.02  # of the learning rate, where the cosine ends
 
@@ -61,12 +62,14 @@ class Outcome:
     iou: float
 
 
-def sample(image_id: str, image: np.ndarray, window: int, patch: int, found: np.ndarray) -> Sample | None:
-    """A sample of `found`, masks [N, h, w] bool of the image at any resolution. None where none is left: objects of
-    which the decoder's resolution shows nothing are left out."""
+def sample(
+    image_id: str, image: np.ndarray, window: int, patch: int, found: np.ndarray, least: float = 0.25
+) -> Sample | None:
+    """A sample of `found`, masks [N, h, w] bool of the image at any resolution. None where none is left: objects that
+    cover less than `least` logits are left out."""
     size, side = (found.shape[1], found.shape[2]), 4 * window // patch
     covered = coverage(found, window, side)
-    shown = covered.any((1, 2))
+    shown = covered.sum((1, 2)) >= least * SUBSAMPLES**2
     if not shown.any():
         return None
     _, boxes = masks.areas_and_boxes(masks.encode(found[shown]), size)
@@ -92,7 +95,8 @@ def coverage(found: np.ndarray, window: int, side: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Plan:
     """How to train. `loss`: `focal`, 20 focal + dice as Segment Anything; `bce`, binary cross-entropy over an object's
-    surroundings and, as much again, the rest of the image, + 2 dice, which finds masks sooner from scratch."""
+    surroundings and, as much again, the rest of the image, + 2 dice. From scratch that finds masks after some 900
+    images, because at first it weighs object and background alike; else all background is hard to leave."""
 
     lr: float
     loss: str
@@ -152,6 +156,7 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, plan.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         self.generator = torch.Generator(device)
+        self.balance = 0.0
         self._share()
 
     def step(self, samples: Sequence[Sample], progress: float) -> Outcome:
@@ -160,6 +165,7 @@ class Trainer:
         The outcome's loss is NaN where it, or its gradient, is no finite number: then no weight was changed.
         """
         self.generator.manual_seed(self.plan.seed * 1_000_003 + self.step_count)
+        self.balance = max(0.0, 1 - progress / BALANCED) if self.plan.encoder else 0.0
         for parameter in self.working.values():
             parameter.grad = None
         window, place = samples[0].window, self._place(samples[0].window)
@@ -322,7 +328,7 @@ class Trainer:
         dice = 1 - (2 * overlap + 1) / (likely.flatten(2).sum(2) + wanted.flatten(2).sum(2) + 1)
         entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         if self.plan.loss == "bce":
-            near, far = _surroundings(target)
+            near, far = _surroundings(target, self.balance)
             return ((near + far)[:, None] * entropy).flatten(2).sum(2) + DICE_SHARE * dice
         wrong = likely + wanted - 2 * likely * wanted  # 1 − the probability of what is right
         weight = FOCAL_ALPHA * wanted + (1 - FOCAL_ALPHA) * (1 - wanted)
@@ -428,8 +434,11 @@ def _normed(tokens: Tensor, norm: Any) -> Tensor:
     return functional.layer_norm(tokens, tokens.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def _surroundings(target: Tensor) -> tuple[Tensor, Tensor]:
-    """target [N, s, s] → weights of the pixels in and around an object's box, and of the others; each adds up to 1."""
+def _surroundings(target: Tensor, balance: float) -> tuple[Tensor, Tensor]:
+    """target [N, s, s] → weights of the pixels in and around an object's box, and of the others; each adds up to 1.
+
+    balance: 0 to 1, the share of the former in which the object weighs as much as what is around it.
+    """
     side = target.shape[-1]
     places = torch.arange(side, device=target.device)
     inside = []
@@ -440,7 +449,13 @@ def _surroundings(target: Tensor) -> tuple[Tensor, Tensor]:
         inside.append((places >= (first - reach)[:, None]) & (places <= (last + reach)[:, None]))
     near = (inside[0][:, :, None] & inside[1][:, None, :]).float()
     far = 1 - near
-    return near / near.sum((1, 2), keepdim=True), far / far.sum((1, 2), keepdim=True).clamp(min=1)
+    alike = (_spread(near * target) + _spread(near * (1 - target))) / 2
+    return (1 - balance) * _spread(near) + balance * alike, _spread(far)
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """Each plane of [N, s, s], so that it adds up to 1; an empty one stays empty."""
+    return weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-6)
 
 
 def _iou(logits: Tensor, target: Tensor) -> Tensor:
