@@ -189,8 +189,9 @@ def _cytoplasm(rng: Rng, layout: Layout) -> Scene:
     cell *= 1 - _pick(rng, -0.4, 0, 0.6, 0.9) * kernel
     cell *= 1 - rng.uniform(0.2, 0.7) * layout.edge(0, 0.06)
     cell += 0.5 * _ghosts(rng, layout) + _pick(rng, 0.02, 0.1, 0.25)
-    nuclei = kernel * inner.per_object(rng, 0.3) * (1 + 0.2 * noise(rng, size, inner.radius / 4)) + 0.03
-    granules: Plane = np.clip(noise(rng, size, radius / 12) - 1, 0, 1) * layout.inside()
+    nuclei: Plane = np.maximum(kernel * inner.per_object(rng, 0.3), 0.03)
+    nuclei *= 1 + 0.2 * noise(rng, size, inner.radius / 4)
+    granules = np.clip(noise(rng, size, radius / 12) - 1, 0, 1) * layout.inside()
     planes: list[Plane] = [cell, nuclei, granules if rng.random() < 0.5 else layout.edge(1, 0.04)]
     return _glowing(rng, *planes[: rng.integers(1, 4)])
 
