@@ -195,6 +195,7 @@ def _join() -> None:
         session.connect()
     except Unavailable:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        signal.signal(signal.SIGTERM, driver._interrupt)  # Ray took it
 
 
 def _told(stream: Any) -> Iterator[Told]:
