@@ -41,7 +41,7 @@ EXPORT_ONNX_EXAMPLE = """example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where a shell has made us ignore SIGINT
     try:
         return arguments.run(arguments)
     except CellrayError as error:

@@ -118,13 +118,14 @@ def _print_table(reports: list[dict[str, Any]]) -> None:
 
 def serve(config: dict[str, Any], wait: Callable[[], None]) -> int:
     """Keep the app up until `wait` returns or Ctrl-C."""
+    model = ((config["applications"][0].get("args") or {}).get("models") or [MODEL])[0]
     with session.local(config, say) as started:
         print(
             f"\nHTTP        {started.http}\n"
             f"API docs    {started.http}/docs\n"
             f"dashboard   {started.dashboard}\n\n"
             f"submit      export RAY_AUTH_MODE=token RAY_ADDRESS={started.dashboard}\n"
-            f"            ray job submit -- python -m jobs.embed IMAGES OUT --model {MODEL}\n"
+            f"            ray job submit -- python -m jobs.embed IMAGES OUT --model {model}\n"
             f"ask         curl {started.http}/v1/segment -F image=@IMAGE "
             "-F 'request={\"points\": [[[100, 100]]]}'\n\n"
             "Ctrl-C stops it.",
