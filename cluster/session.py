@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,11 +37,21 @@ def connect() -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
+        with keeping_sigterm():
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(
             "no Ray cluster answers: start one with `make serve`, or submit this with `ray job submit`"
         ) from error
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Ray's start takes SIGTERM for itself: the process would abort, and leave its Ray behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def replicas(app: str) -> dict[str, int]:
@@ -82,15 +94,16 @@ def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Ses
     http["port"] = _free_port(http["port"])
     try:
         say("starting Ray")
-        context = ray.init(
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=_free_port(8265),
-            _temp_dir=folder,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with keeping_sigterm():
+            context = ray.init(
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=_free_port(8265),
+                _temp_dir=folder,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         dashboard = f"http://{context.dashboard_url}"
         say("deploying")
         _deploy(dashboard, {**config, "http_options": http})

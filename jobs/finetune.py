@@ -194,8 +194,8 @@ def _join() -> None:
     try:
         session.connect()
     except Unavailable:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        signal.signal(signal.SIGTERM, driver._interrupt)  # Ray took it
+        with session.keeping_sigterm():
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _told(stream: Any) -> Iterator[Told]:
