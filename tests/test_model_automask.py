@@ -28,7 +28,7 @@ from tests import weights_of_sam
 pytest.importorskip("skimage")
 
 SIZE = 200, 300  # height, width
-NARROW = 60, 420
+NARROW = 70, 420
 LARGE = 400, 600
 TINY = 44, 60  # every crop, and half of the edges' 20 pixels, is smaller than a window of the encoder
 ALL = {"pred_iou_thresh": -1e9, "stability_score_thresh": 0.05}
@@ -113,11 +113,9 @@ def test_masks_are_segment_anythings(case: str, nano: Decoder, folder: Path, exp
     planes = ours.decode()
     points = np.concatenate([crop.points() for _, crop in views])[:, 0]
     places = np.repeat(np.arange(len(views)), [crop.points_per_side**2 for _, crop in views])
-    # Of these weights a token's sixteen logits are nearly one number: where that is 1e-4, all turn at once.
-    least = 0.98 if nano.runtime.startswith("openvino") else 0.99
     for index, expected in enumerate(theirs):  # in the same order
-        assert masks.iou(planes[index], expected["segmentation"]) >= least
-        assert ours.areas[index] == planes[index].sum() == pytest.approx(expected["area"], rel=2e-2)
+        assert masks.iou(planes[index], expected["segmentation"]) >= 0.99
+        assert ours.areas[index] == planes[index].sum() == pytest.approx(expected["area"], rel=1e-2)
         assert ours.boxes[index] == pytest.approx(expected["bbox"] + np.array([0, 0, 1, 1]), abs=1)
         assert ours.predicted_iou[index] == pytest.approx(expected["predicted_iou"], abs=1e-3)
         assert ours.stability[index] == pytest.approx(expected["stability_score"], abs=1e-2)
