@@ -123,7 +123,7 @@ def main(name: str, made: argparse.ArgumentParser, work: Callable[[Job], int], a
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, InvalidInput) else EXIT_ERRORS
     except KeyboardInterrupt:
-        print(f"{name}: interrupted. Committed shards are kept; the same command goes on from there", file=sys.stderr)
+        print(f"{name}: interrupted. What was committed is kept; the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
