@@ -30,7 +30,7 @@ from ray.exceptions import RayError, RayTaskError
 from safetensors.torch import save
 from tqdm import tqdm
 
-from cluster import session
+from cluster import memory, session
 from cluster.errors import CellrayError, Diverged, Internal, InvalidInput, NotFound, Unavailable
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
@@ -258,6 +258,7 @@ def _train(request: Request) -> Iterator[Told]:
     stopping = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stopping.set())  # a cancelled task gets one
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    memory.keep()
     try:
         device = encoder.check_device("auto")
         folder = models.prepare(request.settings, request.model)

@@ -23,11 +23,11 @@ from serve_app.model.training import Sample
 OBJECTS = 12  # prompted for in one image and step
 MOST_VALIDATED = 64  # images
 SYNTHETIC = "synthetic"
-FIELD_PX = 384
+FIELD_PX = 512
 FIRST_SEED = 1_000_000  # of synthetic fields to train on; those below are never trained on
 VALIDATION_SEED, VALIDATION_FIELDS = 900_000, 24
 SYNTHETIC_EPOCH = 1000  # images
-FIELDS_HELD, CROPS_A_FIELD = 24, 8  # a field is read once for several crops, of which neighbours in time are few
+FIELDS_HELD, CROPS_A_FIELD = 24, 16  # a field is read once for several crops, of which neighbours in time are few
 SMALL_WINDOWS = 0.6  # of the training, in which most windows are a half of the input: four times as fast
 LEAST_LOGITS = 4.0  # that an object covers in a crop: of smaller ones nothing is learnt
 ZOOM = 0.5, 2.0  # input pixels a pixel of the image
@@ -122,6 +122,7 @@ class Fields(Protocol):
 
     epoch: int
     kept: int
+    complete: bool  # every object is labelled
 
     def train(self, number: int) -> LabelledImage: ...
 
@@ -131,27 +132,29 @@ class Fields(Protocol):
 class Generated:
     """Fields of `jobs.synthetic`, none twice."""
 
-    epoch, kept = SYNTHETIC_EPOCH, VALIDATION_FIELDS
+    epoch, kept, complete = SYNTHETIC_EPOCH, VALIDATION_FIELDS, True
 
     def __init__(self, seed: int) -> None:
         self.first = FIRST_SEED * (1 + seed)
 
     def train(self, number: int) -> LabelledImage:
-        return _generated(self.first + number)
+        return _generated(self.first + number, FIELD_PX)
 
     def validate(self, number: int) -> LabelledImage:
-        return _generated(VALIDATION_SEED + number)
+        return _generated(VALIDATION_SEED + number, FIELD_PX // (1 + number % 2))
 
 
-def _generated(seed: int) -> LabelledImage:
+def _generated(seed: int, side: int) -> LabelledImage:
     from jobs import synthetic
 
-    made = synthetic.field(seed, (FIELD_PX, FIELD_PX))
+    made = synthetic.field(seed, (side, side))
     return LabelledImage(f"{SYNTHETIC}:{seed}", made.image, made.labels)
 
 
 class Files:
     """Image files and their objects; where objects overlap, a pixel belongs to the last."""
+
+    complete = False  # for all that we know
 
     def __init__(self, storage: Storage, limits: Limits, chosen: Sequence[Labelled], kept: Sequence[Labelled]) -> None:
         self.storage, self.limits, self.chosen, self.validated = storage, limits, chosen, kept[:MOST_VALIDATED]
@@ -232,7 +235,9 @@ class Images:
             return None
         picked = rng.permutation(there)[:OBJECTS]
         resized = preprocess.resize(pixels, window).pixels
-        return training.sample(one.image_id, resized, window, self.patch, labels == picked[:, None, None], LEAST_LOGITS)
+        found = labels == picked[:, None, None]
+        background = labels == 0 if self.fields.complete else None
+        return training.sample(one.image_id, resized, window, self.patch, found, LEAST_LOGITS, background)
 
 
 def _turned(pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

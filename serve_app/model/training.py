@@ -24,6 +24,7 @@ from serve_app.model.encoder import ReferenceEncoder, normalise
 from serve_app.model.fast_decoder import FastDecoder
 
 SUBSAMPLES = 2  # a side, of the pixels that a logit covers: what its target is counted from
+NOWHERE = 4  # clicks beside all objects, in an image where all are labelled: what is found there has an IoU of 0
 BOX_JITTER = 0.06  # of a side: standard deviation
 BOX_JITTER_MOST = 0.15
 FOCAL_ALPHA, FOCAL_GAMMA, FOCAL_SHARE = 0.25, 2.0, 20.0  # Segment Anything, appendix A: focal to dice 20 : 1
@@ -44,6 +45,7 @@ class Sample:
     window: pixels a side; the model's input size for a whole one.
     boxes: [N, 4] float32 (x0, y0, x1, y1) in pixels of the window.
     masks: [N, 4g, 4g] uint8, 0 to SUBSAMPLES²: how much of what a logit covers is object; g is the window's.
+    background: [4g, 4g] uint8, likewise; None where there may be objects that nobody labelled.
     """
 
     image_id: str
@@ -51,6 +53,7 @@ class Sample:
     window: int
     boxes: np.ndarray
     masks: np.ndarray
+    background: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,16 @@ class Outcome:
 
 
 def sample(
-    image_id: str, image: np.ndarray, window: int, patch: int, found: np.ndarray, least: float = 0.25
+    image_id: str,
+    image: np.ndarray,
+    window: int,
+    patch: int,
+    found: np.ndarray,
+    least: float = 0.25,
+    background: np.ndarray | None = None,
 ) -> Sample | None:
-    """A sample of `found`, masks [N, h, w] bool of the image at any resolution. None where none is left: objects that
-    cover less than `least` logits are left out."""
+    """A sample of `found`, masks [N, h, w] bool of the image at any resolution, and its `background` [h, w] bool, if
+    known. None where none is left: objects that cover less than `least` logits are left out."""
     size, side = (found.shape[1], found.shape[2]), 4 * window // patch
     covered = coverage(found, window, side)
     shown = covered.sum((1, 2)) >= least * SUBSAMPLES**2
@@ -75,7 +84,8 @@ def sample(
     _, boxes = masks.areas_and_boxes(masks.encode(found[shown]), size)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     inside = preprocess.to_input_coordinates(corners.reshape(-1, 2, 2), size, window)
-    return Sample(image_id, image, window, inside.reshape(-1, 4), covered[shown])
+    clear = None if background is None else coverage(background[None], window, side)[0]
+    return Sample(image_id, image, window, inside.reshape(-1, 4), covered[shown], clear)
 
 
 def coverage(found: np.ndarray, window: int, side: int) -> np.ndarray:
@@ -284,7 +294,9 @@ class Trainer:
     ) -> torch.Tensor:
         """Prompt one image's objects, then correct where the masks are wrong → [3] sums: loss, IoU loss, first IoU."""
         target = self._target(one)
+        count = len(target)
         prompts = _Prompts(self, one, place, boxes=bool(self._uniform(1).item() < 0.5))
+        target = functional.pad(target, (0, 0, 0, 0, 0, prompts.nowhere))
         sums = torch.zeros(3, dtype=torch.float64)
         for turn in range(rounds):
             if turn:
@@ -299,13 +311,13 @@ class Trainer:
             best = mask_loss[:, 0]
             if not turn:  # whole, part or subpart may be meant: only the best of them learns
                 best = best + mask_loss[:, 1:].amin(1)
-            loss = (best + iou_loss.mean(1)).sum()
+            loss = best[:count].sum() + iou_loss.mean(1).sum()
             (loss / objects).backward()
             first = 0.0 if turn else actual[:, 0].sum().item()
             sums += torch.tensor([loss.item(), iou_loss.mean(1).sum().item(), first], dtype=torch.float64)
             if turn + 1 < rounds:
-                rows = torch.arange(len(target), device=self.device)
-                prompts.correct(logits.detach()[rows, predicted.detach().argmax(1)], target)
+                target, rows = target[:count], torch.arange(count, device=self.device)
+                prompts.correct(logits.detach()[rows, predicted.detach()[:count].argmax(1)], target)
         return sums
 
     def _decode(self, embedding: Tensor, prompts: _Prompts, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -344,9 +356,13 @@ class _Prompts:
         self.masks: Tensor | None = None
         self.stride = sizes.patch / 4
         self.corner = torch.tensor([place[1], place[0]], device=trainer.device) * sizes.patch
-        count = len(one.boxes)
-        self.points = torch.zeros(count, 0, 2, device=trainer.device)
-        self.labels = torch.zeros(count, 0, dtype=torch.int32, device=trainer.device)
+        planes = trainer._target(one)
+        clear = None if one.background is None else torch.tensor(one.background == SUBSAMPLES**2, device=trainer.device)
+        if not boxes and jitter and clear is not None and clear.any():
+            planes = torch.cat([planes, clear.float().expand(NOWHERE, -1, -1)])
+        self.nowhere = len(planes) - len(one.boxes)  # the last of the prompts are for no object
+        self.points = torch.zeros(len(planes), 0, 2, device=trainer.device)
+        self.labels = torch.zeros(len(planes), 0, dtype=torch.int32, device=trainer.device)
         self.boxes = None
         if boxes:
             given = torch.tensor(one.boxes, device=trainer.device)
@@ -355,11 +371,12 @@ class _Prompts:
             moved = given + (noise.clamp(-BOX_JITTER_MOST, BOX_JITTER_MOST) * sides if jitter else 0)
             self.boxes = moved.clamp(0, one.window) + self.corner.repeat(2)
         else:
-            self._click(trainer._target(one), centre=not jitter)
+            self._click(planes, centre=not jitter)
 
     def correct(self, logits: Tensor, target: Tensor) -> None:
         """One more click an object, where logits [N, s, s] are wrong (anywhere in it where they are not); the logits
-        become the next round's mask prompt."""
+        become the next round's mask prompt. Clicks for no object end here."""
+        self.points, self.labels = self.points[: len(target)], self.labels[: len(target)]
         wrong = ((logits > 0) != (target > 0.5)).float()
         self._click(torch.where(wrong.any(1).any(1)[:, None, None], wrong, target), target)
         self.masks = logits[:, None]
