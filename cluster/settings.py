@@ -44,14 +44,19 @@ class StorageSettings(Frozen):
     attempts: PositiveInt = Field(4, description="tries of one S3 call, the first included")
 
 
-class ModelSettings(Frozen):
-    """One named model: where its checkpoint comes from and how it is run."""
+class WeightsSettings(Frozen):
+    """Where a checkpoint comes from."""
 
     source: str = Field(description="a path, https://…, s3://…, or seeded:ARCHITECTURE:SEED (random weights)")
     sha256: str | None = Field(
         None, pattern="^[0-9a-fA-F]{6,64}$", description="start of the file's sha256, at least 6 hex digits"
     )
     licence: str = "unknown"
+
+
+class ModelSettings(WeightsSettings):
+    """One named model: where its checkpoint comes from and how it is run."""
+
     runtime: Literal["auto", "reference", "openvino", "flash"] = Field(
         "auto", description="auto: the fastest that is installed; reference: segment_anything's own modules"
     )

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     extract.add_argument("--licence", default="unknown", help="recorded in model.json, data sets and /v1/models")
+    extract.add_argument("--float16", action="store_true", help="keep the numbers in float16")
     extract.add_argument("--config", help="settings YAML")
     extract.set_defaults(run=_extract)
 
@@ -156,7 +157,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     model = settings.models.get(arguments.checkpoint) or ModelSettings(
         source=arguments.checkpoint, licence=arguments.licence
     )
-    card, state = models.split(settings, model, arguments.out)
+    card, state = models.split(settings, model, arguments.out, arguments.float16)
     print(f"{'half':8} {'part':34} {'tensors':>8} {'parameters':>12}")
     for half, part, tensors, numbers in checkpoint.parameter_table(state):
         print(f"{half:8} {part:34} {tensors:8} {numbers:12,}")

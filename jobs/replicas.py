@@ -46,17 +46,20 @@ def encoder(model: str, timeout_s: float) -> Callable[[list[np.ndarray]], list[n
     return lambda pixels: handle.encode.remote(pixels).result(timeout_s=timeout_s)
 
 
-def decoder(model: str, timeout_s: float) -> Callable[[list[DecodeRequest]], list[MaskSet | CellrayError]]:
-    handle = _handle(contract.decoder_deployment(model))
-    return lambda requests: handle.segment.remote(requests).result(timeout_s=timeout_s)
+def decoder(info: ModelInfo, timeout_s: float) -> Callable[[list[DecodeRequest]], list[MaskSet | CellrayError]]:
+    """Raises Conflict where the model has another decoder now than `info` says."""
+    call = _handle(contract.decoder_deployment(info.name)).segment.remote
+    return lambda requests: call(requests, info.decoder_sha256).result(timeout_s=timeout_s)
 
 
 def automask(
-    model: str, options: GridOptions, timeout_s: float
+    info: ModelInfo, options: GridOptions, timeout_s: float
 ) -> Callable[[list[tuple[list[View], Size]]], list[MaskSet | CellrayError]]:
-    """One call an image: each may take long."""
-    call = _handle(contract.decoder_deployment(model)).automask.remote
-    return lambda images: [call([image], options).result(timeout_s=timeout_s)[0] for image in images]
+    """One call an image: each may take long. Raises as `decoder`."""
+    call = _handle(contract.decoder_deployment(info.name)).automask.remote
+    return lambda images: [
+        call([image], options, info.decoder_sha256).result(timeout_s=timeout_s)[0] for image in images
+    ]
 
 
 def _handle(deployment: str) -> DeploymentHandle:

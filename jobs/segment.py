@@ -174,8 +174,8 @@ class _Segmenter:
         self.storage, self.limits, self.info, self.options = Storage(settings.storage), settings.limits, info, options
         timeout_s = settings.limits.request_timeout_s
         self.encode = replicas.encoder(info.name, timeout_s)
-        self.decode = replicas.decoder(info.name, timeout_s)
-        self.automask = replicas.automask(info.name, options.grid, timeout_s) if options.grid else None
+        self.decode = replicas.decoder(info, timeout_s)
+        self.automask = replicas.automask(info, options.grid, timeout_s) if options.grid else None
 
     def read(self, source: Source) -> Item:
         if not self.options.from_embeddings:

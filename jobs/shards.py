@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
-from cluster.errors import CellrayError, Internal, Unavailable
+from cluster.errors import CellrayError, Conflict, Internal, Unavailable
 from cluster.memory import private_mb
 from cluster.settings import MIB
 from serve_app.service import foreign
@@ -65,7 +65,8 @@ class Pipeline(Generic[Source, Item, Result]):
 
     read(source) and call(items) run in threads; `call` returns one result or error an item.
     cost(source) is the bytes it holds while in flight; at most IN_FLIGHT_BYTES are, but always at least one source.
-    An error of a source stays with it; one that would hit all of them (no storage, no replicas) is raised.
+    An error of a source stays with it; one that would hit all of them (no storage, no replicas, another decoder than
+    the plan's) is raised.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Pipeline(Generic[Source, Item, Result]):
         try:
             return self._persist(lambda: self.call(items))
         except CellrayError as error:
-            if error.retry:
+            if error.retry or isinstance(error, Conflict):
                 raise
             return [error] * len(items)
 

@@ -37,7 +37,7 @@ def embedding_id(image: str, encoder_sha256: str, dtype: str) -> str:
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex; `dtype` is what products are
-    computed in."""
+    computed in; `warning` is for whoever runs the service."""
 
     name: str
     family: str
@@ -52,6 +52,7 @@ class ModelInfo:
     device: str
     dtype: str
     preprocess: str = PREPROCESS
+    warning: str = ""
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio.to_thread
@@ -18,12 +19,13 @@ import numpy as np
 import ray
 import torch
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster import memory
-from cluster.errors import CellrayError, Internal
-from cluster.settings import Settings
+from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
+from cluster.settings import Frozen, Settings, WeightsSettings
 from serve_app import ingress, models
 from serve_app.contract import ModelInfo
 from serve_app.model import automask, checkpoint, decoder, encoder
@@ -42,6 +44,21 @@ BATCH_WAIT_S = 0.005
 AUTOMASKS = 2  # images at once a replica, up to 512 MB each: one is decoded while masks of the other are encoded
 
 Items = list[np.ndarray]
+
+
+class DecoderOptions(Frozen):
+    """`user_config:` of a decoder's deployment. Empty: the model's own decoder."""
+
+    decoder: WeightsSettings | None = None
+
+    @classmethod
+    def read(cls, user_config: Any) -> WeightsSettings | None:
+        """Raises InvalidSettings, naming the first key that does not fit."""
+        try:
+            return cls.model_validate(user_config).decoder
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidSettings(f"user_config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def _count(calls: list[list[Any]]) -> int:
@@ -90,52 +107,112 @@ class EncoderReplica:
         return [[next(answers) for _ in call] for call in calls]
 
 
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """A decoder that has answered once. `decoder` is None where the checkpoint has none: embeddings are served then,
+    and whoever asks for masks is told."""
+
+    decoder: decoder.Decoder | None
+    info: ModelInfo
+
+    @classmethod
+    def load(cls, settings: Settings, name: str, chosen: WeightsSettings | None) -> LoadedDecoder:
+        model, device = models.find(settings, name), encoder.check_device("auto")
+        runtime = "reference" if model.runtime == "reference" else "auto"  # the other names are the encoder's
+        folder = models.prepare_decoder(settings, name, chosen)
+        card = checkpoint.ModelCard.read(folder)
+        if not card.decoder_sha256:
+            return cls(None, models.describe(name, card, "no decoder", device, model.dtype))
+        found = decoder.load(folder, runtime, device, model.dtype)
+        info = models.describe(name, card, found.runtime, device, model.dtype)
+        warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
+        decoder.segment(found, [DecodeRequest(np.zeros(info.embedding_shape, np.float16), (16, 16), warm_up)])
+        log.info(f"decoder {name}: {found.runtime}, ready; {card.decoder_sha256[:12]}…")
+        return cls(found, info)
+
+    def check(self, decoder_sha256: str | None) -> None:
+        """Raises Conflict where another decoder was asked for."""
+        if decoder_sha256 not in (None, self.info.decoder_sha256):
+            raise Conflict(
+                f"the decoder of {self.info.name} was exchanged: {self.info.decoder_sha256[:12]}… answers, "
+                f"{(decoder_sha256 or '')[:12]}… was asked for; masks of both do not go into one data set"
+            )
+
+
 class DecoderReplica:
-    """Embeddings and prompts → masks. Holds the decoder's half of the checkpoint and nothing of the encoder's."""
+    """Embeddings and prompts → masks. Holds the decoder's half of the checkpoint and nothing of the encoder's.
+
+    `decoder_sha256`, where a caller gives it, is the decoder that its masks must come from.
+    """
 
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
         self.automasks = asyncio.Semaphore(AUTOMASKS)
-        model = models.find(settings, name)
-        runtime = "reference" if model.runtime == "reference" else "auto"  # the other names are the encoder's
-        folder, device = models.prepare(settings, name), encoder.check_device("auto")
-        card = checkpoint.ModelCard.read(folder)
-        self.missing = None if card.decoder_sha256 else checkpoint.no_decoder()
-        if self.missing:  # so that embeddings are served, and whoever asks for masks is told
-            self.model_info = models.describe(name, card, "no decoder", device, model.dtype)
-            return
-        self.decoder = decoder.load(folder, runtime, device, model.dtype)
-        self.model_info = models.describe(name, self.decoder.card, self.decoder.runtime, device, model.dtype)
-        embedding = np.zeros(self.model_info.embedding_shape, np.float16)
-        warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
-        decoder.segment(self.decoder, [DecodeRequest(embedding, (16, 16), warm_up)])
-        log.info(f"decoder {name}: {self.decoder.runtime}, ready")
+        self.settings, self.name, self.serving = settings, name, False
+        self.loaded = LoadedDecoder.load(settings, name, None)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Exchange the decoder: `user_config: {decoder: {source: …, sha256: …}}`, or null for the model's own.
+
+        Requests go on meanwhile. One that cannot be had leaves a serving replica as it is, with a warning in its info;
+        a replica that starts with it fails, so that the deployment does.
+        """
+        try:
+            chosen = DecoderOptions.read(user_config)
+            self.loaded = await anyio.to_thread.run_sync(LoadedDecoder.load, self.settings, self.name, chosen)
+        except CellrayError as error:
+            if not self.serving:
+                raise
+            log.exception(f"decoder {self.name}: the former one stays")
+            warning = f"user_config was refused, the former decoder stays: {error}"
+            self.loaded = replace(self.loaded, info=replace(self.loaded.info, warning=warning))
+
+    def check_health(self) -> None:
+        self.serving = True  # the first check comes when the replica has started
 
     def info(self) -> ModelInfo:
-        return self.model_info
+        return self.loaded.info
 
-    async def segment(self, requests: list[DecodeRequest]) -> list[MaskSet | CellrayError]:
-        """One MaskSet a request, or an error in its place."""
-        return [self.missing] * len(requests) if self.missing else await self._segment(requests)
+    async def segment(
+        self, requests: list[DecodeRequest], decoder_sha256: str | None = None
+    ) -> list[MaskSet | CellrayError]:
+        """One MaskSet a request, or an error in its place. Raises Conflict."""
+        if self.loaded.decoder is None:
+            return [checkpoint.no_decoder()] * len(requests)
+        found, loaded = await self._segment(requests)
+        loaded.check(decoder_sha256)
+        return found
 
     @serve.batch(max_batch_size=BATCH_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=_count)
-    async def _segment(self, calls: list[list[DecodeRequest]]) -> list[list[MaskSet | CellrayError]]:
+    async def _segment(
+        self, calls: list[list[DecodeRequest]]
+    ) -> list[tuple[list[MaskSet | CellrayError], LoadedDecoder]]:
+        loaded = self.loaded
         requests = [request for call in calls for request in call]
-        answers = iter(await anyio.to_thread.run_sync(decoder.segment, self.decoder, requests))
-        return [[next(answers) for _ in call] for call in calls]
+        assert loaded.decoder is not None
+        answers = iter(await anyio.to_thread.run_sync(decoder.segment, loaded.decoder, requests))
+        return [([next(answers) for _ in call], loaded) for call in calls]
 
     async def automask(
-        self, images: list[tuple[Sequence[View], Size]], options: GridOptions
+        self, images: list[tuple[Sequence[View], Size]], options: GridOptions, decoder_sha256: str | None = None
     ) -> list[MaskSet | CellrayError]:
-        """(views, original size) pairs → all their masks; AUTOMASKS images at a time, beside the batched requests."""
+        """(views, original size) pairs → all their masks; AUTOMASKS images at a time, beside the batched requests.
+        Raises Conflict."""
         async with self.automasks:
-            return [await anyio.to_thread.run_sync(self._automask, views, size, options) for views, size in images]
+            loaded = self.loaded
+            loaded.check(decoder_sha256)
+            return [
+                await anyio.to_thread.run_sync(self._automask, loaded.decoder, views, size, options)
+                for views, size in images
+            ]
 
-    def _automask(self, views: Sequence[View], size: Size, options: GridOptions) -> MaskSet | CellrayError:
-        if self.missing:
-            return self.missing
+    def _automask(
+        self, found: decoder.Decoder | None, views: Sequence[View], size: Size, options: GridOptions
+    ) -> MaskSet | CellrayError:
+        if found is None:
+            return checkpoint.no_decoder()
         try:
-            return automask.generate(self.decoder, views, size, options)
+            return automask.generate(found, views, size, options)
         except CellrayError as error:
             return error
         except Exception:

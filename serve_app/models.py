@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import weights
-from cluster.errors import NotFound
-from cluster.settings import ModelSettings, Settings
+from cluster.errors import InvalidSettings, NotFound
+from cluster.settings import ModelSettings, Settings, WeightsSettings
 from cluster.storage import Storage, mapped
 from serve_app.contract import ModelInfo
 from serve_app.model import checkpoint, state
@@ -29,7 +29,32 @@ def prepare(settings: Settings, name: str) -> Path:
     Raises:
         NotFound, Forbidden, Unavailable, InvalidCheckpoint, InvalidSettings
     """
-    model = find(settings, name)
+    return _prepared(settings, name, find(settings, name))
+
+
+def prepare_decoder(settings: Settings, name: str, chosen: WeightsSettings | None) -> Path:
+    """The folder of the model's own halves, or, where one is `chosen`, of a checkpoint with the same encoder and
+    another decoder, as jobs.finetune writes it.
+
+    Raises:
+        InvalidSettings: its encoder is another one. InvalidCheckpoint: it has no decoder. And as `prepare`.
+    """
+    own = prepare(settings, name)
+    if chosen is None:
+        return own
+    folder = _prepared(settings, name, find(settings, name).model_copy(update=chosen.model_dump()))
+    before, after = checkpoint.ModelCard.read(own), checkpoint.ModelCard.read(folder)
+    if before.encoder_sha256 != after.encoder_sha256:
+        raise InvalidSettings(
+            f"{weights.public_source(chosen.source)} has another encoder ({after.encoder_sha256[:12]}…) than {name} "
+            f"({before.encoder_sha256[:12]}…): only a decoder for the same embeddings can take its place"
+        )
+    if not after.decoder_sha256:
+        raise checkpoint.no_decoder()
+    return folder
+
+
+def _prepared(settings: Settings, name: str, model: ModelSettings) -> Path:
     folder = weights.cache_folder(settings.weights_dir, name, _identity(model))
     with weights.lock(folder.with_suffix(".lock")):
         if (folder / "model.json").exists():
@@ -38,9 +63,14 @@ def prepare(settings: Settings, name: str) -> Path:
     return folder
 
 
-def split(settings: Settings, model: ModelSettings, out: Path) -> tuple[checkpoint.ModelCard, checkpoint.State]:
-    """Write a model's halves and `model.json` to the folder `out` → its card and the tensors they were made of."""
+def split(
+    settings: Settings, model: ModelSettings, out: Path, float16: bool = False
+) -> tuple[checkpoint.ModelCard, checkpoint.State]:
+    """Write a model's halves and `model.json` to the folder `out` → its card and the tensors they were made of.
+    `float16`: whatever they were, which halves the files of a float32 model."""
     tensors, digest, trained = read(model, settings)
+    if float16:
+        tensors = {name: one if name in checkpoint.BESIDE else one.half() for name, one in tensors.items()}
     source = weights.public_source(model.source)
     with mapped(str(out)):
         card = checkpoint.extract(

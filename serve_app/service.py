@@ -45,6 +45,8 @@ class Service:
         self.infos: dict[str, ModelInfo] = {}
 
     async def models(self) -> list[ModelInfo]:
+        """As they are now: decoders can change while the app runs."""
+        self.infos.clear()
         return [await self.info(name) for name in self.names]
 
     async def info(self, model: str | None) -> ModelInfo:

@@ -340,3 +340,11 @@ def test_a_folder_is_a_source_and_any_of_its_files_makes_another_model(state: ch
     assert second != first
     assert ModelCard.read(second).pixel_mean == (127.5, 127.5, 127.5)
     assert "sha256" in refused(InvalidCheckpoint, settings(tmp_path / "other", str(folder), digest(lines.encode())))
+
+
+def test_a_model_kept_in_float16_is_half_as_large(tmp_path: Path) -> None:
+    made = settings(tmp_path, "seeded:nano:1")
+    for float16 in (False, True):
+        models.split(made, made.models["mine"], tmp_path / str(float16), float16)
+    sizes = [(tmp_path / name / "encoder.safetensors").stat().st_size for name in ("True", "False")]
+    assert 0.49 < sizes[0] / sizes[1] < 0.52
