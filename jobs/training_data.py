@@ -16,9 +16,9 @@ from cluster.settings import Limits
 from cluster.storage import Storage
 from jobs.labels import Objects
 from serve_app import dataset
-from serve_app.model import masks, preprocess, training
+from serve_app.model import masks, preprocess, training_samples
 from serve_app.model.checkpoint import Architecture
-from serve_app.model.training import Sample
+from serve_app.model.training_samples import Sample
 
 OBJECTS = 12  # prompted for in one image and step
 MOST_VALIDATED = 64  # images
@@ -29,8 +29,9 @@ VALIDATION_SEED, VALIDATION_FIELDS = 900_000, 24
 SYNTHETIC_EPOCH = 1000  # images
 FIELDS_HELD, CROPS_A_FIELD = 24, 16  # a field is read once for several crops, of which neighbours in time are few
 SMALL_WINDOWS = 0.6  # of the training, in which most windows are a half of the input: four times as fast
-LEAST_LOGITS = 4.0  # that an object covers in a crop: of smaller ones nothing is learnt
-ZOOM = 0.5, 2.0  # input pixels a pixel of the image
+LEAST_LOGITS = 16.0  # that an object covers in a crop: of smaller ones nothing is learnt
+ACROSS = 16, 72  # input pixels: how large a crop's zoom makes the image's typical object
+ZOOM = 0.5, 4.0  # input pixels a pixel of the image, at least and at most
 LONGEST = 2.0  # long side over short one, of crops that do not fill the input
 
 
@@ -56,11 +57,9 @@ class Source(Protocol):
 
     def batch(self, step: int, size: int, progress: float) -> list[Sample]:
         """Up to `size` samples of one window."""
-        ...
 
     def held(self, first: int, count: int) -> list[Sample]:
         """Samples of some of the images for validation, always the same; [] past the last."""
-        ...
 
 
 def held_out(image_id: str, share: float) -> bool:
@@ -105,7 +104,7 @@ class Embeddings:
         counts = one.objects.counts
         picked = rng.permutation(len(counts))[:OBJECTS]
         found = masks.decode([counts[at] for at in picked], one.objects.size)
-        return training.sample(one.image_id, embedding.array, self.sizes.image_size, self.sizes.patch, found)
+        return training_samples.sample(one.image_id, embedding.array, self.sizes.image_size, self.sizes.patch, found)
 
 
 @dataclass(frozen=True)
@@ -117,20 +116,8 @@ class LabelledImage:
     labels: np.ndarray
 
 
-class Fields(Protocol):
-    """Labelled images by number: to train on, without end, and `kept` for validation."""
-
-    epoch: int
-    kept: int
-    complete: bool  # every object is labelled
-
-    def train(self, number: int) -> LabelledImage: ...
-
-    def validate(self, number: int) -> LabelledImage: ...
-
-
 class Generated:
-    """Fields of `jobs.synthetic`, none twice."""
+    """Fields of `jobs.synthetic`, none twice. `complete`: every object is labelled."""
 
     epoch, kept, complete = SYNTHETIC_EPOCH, VALIDATION_FIELDS, True
 
@@ -178,7 +165,7 @@ class Files:
 class Images:
     """Crops of labelled images, turned and with other contrast: for training with the encoder."""
 
-    def __init__(self, fields: Fields, image_size: int, patch: int, unit: int, seed: int) -> None:
+    def __init__(self, fields: Generated | Files, image_size: int, patch: int, unit: int, seed: int) -> None:
         """`unit`: what the side of a window must be a multiple of, in pixels."""
         self.fields, self.image_size, self.patch, self.seed = fields, image_size, patch, seed
         half = image_size // 2
@@ -190,8 +177,8 @@ class Images:
         return lru_cache(FIELDS_HELD)(self.fields.train)
 
     @cached_property
-    def whole(self) -> Callable[[int], Sample | None]:
-        return lru_cache(MOST_VALIDATED)(self._whole)
+    def validated(self) -> Callable[[int], Sample | None]:
+        return lru_cache(MOST_VALIDATED)(self._validated)
 
     def batch(self, step: int, size: int, progress: float) -> list[Sample]:
         rng = np.random.default_rng((self.seed, step))
@@ -200,31 +187,34 @@ class Images:
         made = []
         for index in range(step * size, (step + 1) * size):
             block, place = divmod(index, FIELDS_HELD * CROPS_A_FIELD)
-            field = self.field(block * FIELDS_HELD + place % FIELDS_HELD)
-            found = self._crop(field, window, rng)
-            if found is not None:
-                made.append(found)
-        return made
+            made.append(self._crop(self.field(block * FIELDS_HELD + place % FIELDS_HELD), window, rng))
+        return [one for one in made if one is not None]
 
     def held(self, first: int, count: int) -> list[Sample]:
-        found = [self.whole(number) for number in range(first, min(first + count, self.fields.kept))]
+        found = [self.validated(number) for number in range(first, min(first + count, self.fields.kept))]
         return [one for one in found if one is not None]
 
-    def _whole(self, number: int) -> Sample | None:
-        one = self.fields.validate(number)
-        return self._sample(one, one.pixels, one.labels, self.image_size, np.random.default_rng(number))
+    def _validated(self, number: int) -> Sample | None:
+        one, rng = self.fields.validate(number), np.random.default_rng(number)
+        return self._sample(one, *self._part(one, self.image_size, rng), self.image_size, rng)
 
     def _crop(self, one: LabelledImage, window: int, rng: np.random.Generator) -> Sample | None:
-        """A square, or in a whole input at times less than that; at a random zoom."""
+        pixels, labels = self._part(one, window, rng)
+        return self._sample(one, *_turned(_relit(pixels, rng), labels, rng), window, rng)
+
+    def _part(self, one: LabelledImage, window: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels and labels of a square, or in a whole input at times less than that; at a random zoom."""
+        areas = np.bincount(one.labels.ravel())[1:]
+        across = math.sqrt(np.median(areas[areas > 0])) if areas.any() else 1.0
+        zoom = np.clip(math.exp(rng.uniform(*np.log(ACROSS))) / across, *ZOOM)
         limit = min(one.labels.shape)
-        span = round(window / math.exp(rng.uniform(*np.log(ZOOM))))
-        sides = [min(span, limit), min(span, limit)]
+        sides = [min(round(window / zoom), limit)] * 2
         if window == self.image_size and rng.random() < 0.3:
             shorter = rng.integers(2)
             sides[shorter] = max(1, round(sides[shorter] / rng.uniform(1, LONGEST)))
         y, x = (rng.integers(0, length - side + 1) for length, side in zip(one.labels.shape, sides, strict=True))
         part = slice(y, y + sides[0]), slice(x, x + sides[1])
-        return self._sample(one, *_turned(_relit(one.pixels[part], rng), one.labels[part], rng), window, rng)
+        return one.pixels[part], one.labels[part]
 
     def _sample(
         self, one: LabelledImage, pixels: np.ndarray, labels: np.ndarray, window: int, rng: np.random.Generator
@@ -237,7 +227,7 @@ class Images:
         resized = preprocess.resize(pixels, window).pixels
         found = labels == picked[:, None, None]
         background = labels == 0 if self.fields.complete else None
-        return training.sample(one.image_id, resized, window, self.patch, found, LEAST_LOGITS, background)
+        return training_samples.sample(one.image_id, resized, window, self.patch, found, LEAST_LOGITS, background)
 
 
 def _turned(pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

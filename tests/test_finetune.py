@@ -18,14 +18,16 @@ from PIL import Image
 from cluster.errors import Diverged, InvalidInput, NotFound, Unavailable
 from cluster.settings import Limits, Settings
 from cluster.storage import Storage
-from jobs import curves, embed, finetune, labels, segment
-from jobs.finetune import Request, Training
+from jobs import curves, embed, finetune, labels, segment, training_source
 from jobs.training_data import Clock, Generated, Images, held_out
-from serve_app import models
-from serve_app.model import checkpoint, decoder, masks, training
+from jobs.training_loop import Request, Told, Training
+from serve_app import contract, dataset, models
+from serve_app.contract import Embedding
+from serve_app.model import checkpoint, decoder, masks, training_samples
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.prompts import DecodeRequest, Prompts
-from serve_app.model.training import Plan, Sample, Trainer
+from serve_app.model.training import Plan, Trainer
+from serve_app.model.training_samples import Sample
 from tests.conftest import App
 from tests.weights_of_sam import extracted
 
@@ -136,12 +138,64 @@ def request(out: Path, **changes: object) -> Request:
 def test_labels_of_another_size_or_of_other_images(tmp_path: Path) -> None:
     there = read(label_folder(tmp_path / "labels", 2))
     asked = request(tmp_path / "out")
-    found = finetune._matched(there, [("id", "x/image0.png", SIZE, "file", 7), ("no", "x/y.png", SIZE, "f", 8)], asked)
+    found = training_source.matched(
+        there, [("id", "x/image0.png", SIZE, "file", 7), ("no", "x/y.png", SIZE, "f", 8)], asked
+    )
     assert [(one.image_id, one.uri, one.row) for one in found] == [("id", "file", 7)]
     with pytest.raises(InvalidInput, match=r"image1.png has 64 × 50 pixels, its labels .* 64 × 48"):
-        finetune._matched(there, [("id", "x/image1.png", (50, 64), "file", 7)], asked)
+        training_source.matched(there, [("id", "x/image1.png", (50, 64), "file", 7)], asked)
     with pytest.raises(NotFound, match="none of the 1 images"):
-        finetune._matched(there, [("id", "x/other.png", SIZE, "file", 7)], asked)
+        training_source.matched(there, [("id", "x/other.png", SIZE, "file", 7)], asked)
+
+
+def stored(folder: Path, card: ModelCard, number: int) -> Path:
+    """A data set of random embeddings of images that `plane` labels."""
+    names = {"fingerprint": "f" * 64, "encoder_sha256": card.encoder_sha256}
+    with dataset.ShardWriter(Storage(), str(folder), "embed", 0, names) as writer:
+        for seed in range(number):
+            image, array = contract.image_id(b"%d" % seed), np.random.default_rng(seed).normal(size=(256, 32, 32))
+            own = contract.embedding_id(image, card.encoder_sha256, "float32")
+            made = Embedding(own, image, "nano", card.encoder_sha256, SIZE, (192, 256), array.astype(np.float16))
+            writer.add(dataset.EMBEDDINGS, dataset.embedding_row(made, f"/plate/image{seed}.png", made.pooled(8)))
+        writer.commit()
+    return folder
+
+
+def test_embeddings_and_labels_become_samples(tmp_path: Path, folder: Path) -> None:
+    card = ModelCard.read(folder)
+    where = {"input": str(stored(tmp_path / "in", card, 3)), "masks": str(label_folder(tmp_path / "labels", 2))}
+    found, note = training_source.source(request(tmp_path / "out", **where, validation=0.0), card)
+    assert note.startswith("4 objects in 2 of 3 images, 0 of them for validation; 2 empty or one-pixel objects skipped")
+    both = found.batch(0, 6, 0.0)
+    assert {one.image_id for one in both} == {contract.image_id(b"0"), contract.image_id(b"1")}
+    assert all(one.image.shape == (256, 32, 32) and len(one.masks) == len(one.boxes) == 2 for one in both)
+    assert all(one.background is None for one in both)  # there may be objects that nobody labelled
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "message"),
+    [
+        ("another encoder", InvalidInput, r"made by another encoder \(abc.*embed the images with nano first"),
+        ("another size", InvalidInput, r"image0.png has 64 × 48 pixels, its labels in .* 48 × 64"),
+        ("other images", NotFound, r"none of the 3 images of .*/in \(like /plate/image0.png\) is labelled in .*other"),
+        ("one pixel", InvalidInput, "hold no object of two pixels or more"),
+        ("nothing", InvalidInput, "hold no object of two pixels or more"),
+        ("all held out", InvalidInput, "all 1 labelled images are held out"),
+    ],
+)
+def test_nothing_to_train_on(tmp_path: Path, folder: Path, case: str, error: type[Exception], message: str) -> None:
+    own = ModelCard.read(folder)
+    card = replace(own, encoder_sha256="abc" + own.encoder_sha256[3:]) if case == "another encoder" else own
+    shown = plane(0)
+    if case in ("one pixel", "nothing"):
+        shown[:] = 0
+        shown[7, 7] = case == "one pixel"
+    name = "other" if case == "other images" else "image0"
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(shown.T if case == "another size" else shown).save(tmp_path / f"labels/{name}.png")
+    where = {"input": str(stored(tmp_path / "in", card, 3)), "masks": str(tmp_path / "labels")}
+    with pytest.raises(error, match=message):
+        training_source.source(request(tmp_path / "out", **where, validation=float(case == "all held out")), own)
 
 
 def sample(seed: int, value: float | None = None) -> Sample:
@@ -149,7 +203,9 @@ def sample(seed: int, value: float | None = None) -> Sample:
     image = rng.normal(size=(256, 32, 32)).astype(np.float16)
     found = np.zeros((2, 60, 60), bool)
     found[0, 5 + seed : 25 + seed, 10:30] = found[1, 30:50, 20:50] = True
-    made = training.sample(f"image-{seed}", image if value is None else np.full_like(image, value), 256, 8, found)
+    made = training_samples.sample(
+        f"image-{seed}", image if value is None else np.full_like(image, value), 256, 8, found
+    )
     assert made is not None
     return made
 
@@ -173,7 +229,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return extracted(STATE, tmp_path_factory.mktemp("nano"))
 
 
-def run(folder: Path, asked: Request, made: Made, stop_at: int | None = None) -> list[finetune.Told]:
+def run(folder: Path, asked: Request, made: Made, stop_at: int | None = None) -> list[Told]:
     trainer = Trainer(folder, asked.plan)
     stopping = lambda: stop_at is not None and trainer.step_count >= stop_at  # noqa: E731
     return list(Training(asked, trainer, 4, made, stopping).run(folder))
@@ -265,6 +321,8 @@ def test_synthetic_batches_are_a_function_of_seed_and_step() -> None:
         np.testing.assert_array_equal(a.masks, b.masks)
         assert a.window in (128, 256)
         assert a.masks.shape[1:] == (a.window // 2, a.window // 2)
+        assert a.background is not None  # of a generated field all objects are known
+        assert (a.background + a.masks.max(0) <= training_samples.SUBSAMPLES**2).all()
     trained = {sample.image_id for step in range(3) for sample in one.batch(step, 2, 1.0)}
     assert not trained & {sample.image_id for sample in one.held(0, 2)}
 

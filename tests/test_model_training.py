@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidInput
-from serve_app.model import checkpoint, decoder, encoder, preprocess, training
+from serve_app.model import checkpoint, decoder, encoder, losses, preprocess, training, training_samples
 from serve_app.model.prompts import DecodeRequest, Prompts
-from serve_app.model.training import Plan, Sample, Trainer
+from serve_app.model.training import Plan, Trainer
+from serve_app.model.training_samples import DrawnPrompts, Sample
 from tests.weights_of_sam import extracted, relative
 
 PLAN = Plan(lr=1e-3, loss="bce", rounds=2, seed=1, encoder=True)
@@ -37,14 +39,14 @@ def discs(seed: int, window: int = 64, number: int = 3) -> tuple[np.ndarray, np.
 
 def sample(seed: int, window: int = 64) -> Sample:
     pixels, found = discs(seed, window)
-    made = training.sample(f"disc-{seed}", pixels, window, 8, found)
+    made = training_samples.sample(f"disc-{seed}", pixels, window, 8, found)
     assert made is not None
     return made
 
 
 def embedded(seed: int) -> Sample:
     image = np.random.default_rng(seed).normal(size=(256, 32, 32)).astype(np.float16)
-    made = training.sample(f"embedding-{seed}", image, 256, 8, discs(seed, 200)[1])
+    made = training_samples.sample(f"embedding-{seed}", image, 256, 8, discs(seed, 200)[1])
     assert made is not None
     return made
 
@@ -62,18 +64,17 @@ def test_modules_answer_as_the_references(folder: Path) -> None:
     trainer = Trainer(folder, Plan(1e-3, "focal", 1, 0))
     pixels, _ = discs(0, 256)
     reference = encoder.load(folder)
-    trainer.encoder = reference.module  # type: ignore[attr-defined]
+    trainer.network.encoder = reference.module  # type: ignore[attr-defined]
     normal = encoder.normalise([pixels], 256)
     with torch.no_grad():
-        ours = trainer._encode(normal, (0, 0))
+        ours = trainer.network.encode(normal, (0, 0))
     expected = reference.encode([pixels])
     assert relative(ours, expected) < 1e-5
     boxes = np.array([[10, 20, 90, 120], [50, 60, 200, 220]], np.float32)
     one = Sample("x", expected[0].numpy(), 256, boxes, np.zeros((2, 128, 128), np.uint8))
-    trainer.decoder.derive()
     with torch.no_grad():
-        prompts = training._Prompts(trainer, one, (0, 0), boxes=True, jitter=False)
-        logits, scores = trainer._decode(expected.clone(), prompts, (0, 0))
+        prompts = DrawnPrompts(trainer.network, one, (0, 0), boxes=True)
+        logits, scores = trainer.network.decode(expected.clone(), (0, 0), *prompts.embedded())
     request = DecodeRequest(expected[0].numpy(), (256, 256), Prompts(boxes=boxes))
     for outputs, multimask in ((slice(0, 1), False), (slice(1, None), True)):
         asked = DecodeRequest(request.embedding, request.original, request.prompts, multimask)
@@ -86,13 +87,13 @@ def test_windows_see_the_positions_of_their_place(folder: Path) -> None:
     """With attention in windows alone and no padding, a window of the image is encoded as if the rest were there."""
     trainer = Trainer(folder, PLAN)
     trainer.restore({**trainer.snapshot(), "state": checkpoint.seeded("nano", 5)})
-    for block in trainer.encoder.blocks:
+    for block in trainer.network.encoder.blocks:
         block.window_size = 8
         block.attn.rel_pos_h.data, block.attn.rel_pos_w.data = torch.randn(2, 15, 64)
     pixels = torch.randn(1, 3, 256, 256)
     with torch.no_grad():
-        whole = trainer._encode(pixels, (0, 0))
-        part = trainer._encode(pixels[..., 64:192, 128:256], (8, 16))
+        whole = trainer.network.encode(pixels, (0, 0))
+        part = trainer.network.encode(pixels[..., 64:192, 128:256], (8, 16))
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # the neck looks one token far
     assert relative(part[inner], whole[..., 8:24, 16:32][inner]) < 1e-4
 
@@ -102,7 +103,7 @@ def test_windows_see_the_positions_of_their_place(folder: Path) -> None:
 def test_coverage_keeps_to_the_image(height: int, width: int, window: int) -> None:
     """An image that is all object covers its share of the padded input, and nothing of the padding."""
     side = window // 2
-    (covered,) = training.coverage(np.ones((1, height, width), bool), window, side)
+    (covered,) = training_samples.coverage(np.ones((1, height, width), bool), window, side)
     high, wide = preprocess.input_size((height, width), window)
     assert covered[: high // 2, : wide // 2].min(initial=4) == 4
     assert not covered[-(-high // 2) :].any()
@@ -111,7 +112,7 @@ def test_coverage_keeps_to_the_image(height: int, width: int, window: int) -> No
 
 def test_coverage_is_exact_where_pixels_and_samples_meet() -> None:
     found = np.random.default_rng(0).random((3, 64, 48)) < 0.5
-    covered = training.coverage(found, 64, 32)
+    covered = training_samples.coverage(found, 64, 32)
     expected = np.zeros((3, 64, 64), int)
     expected[:, :, :48] = found
     np.testing.assert_array_equal(covered, expected.reshape(3, 32, 2, 32, 2).sum((2, 4)))
@@ -120,9 +121,9 @@ def test_coverage_is_exact_where_pixels_and_samples_meet() -> None:
 def test_objects_that_the_decoder_cannot_show_are_left_out() -> None:
     found = np.zeros((2, 2000, 2000), bool)
     found[0, 7, 7] = True  # between the places that are looked at
-    assert training.sample("x", np.zeros((256, 32, 32), np.float16), 256, 8, found) is None
+    assert training_samples.sample("x", np.zeros((256, 32, 32), np.float16), 256, 8, found) is None
     found[1, 500:900, 500:1000] = True
-    made = training.sample("x", np.zeros((256, 32, 32), np.float16), 256, 8, found)
+    made = training_samples.sample("x", np.zeros((256, 32, 32), np.float16), 256, 8, found)
     assert made is not None
     np.testing.assert_allclose(made.boxes, [[64, 64, 128, 115.2]], rtol=1e-5)
 
@@ -193,15 +194,14 @@ def test_what_is_trained_is_what_the_result_computes(folder: Path, tmp_path: Pat
     )
     pixels, found = discs(8, 256)
     array = encoder.load(tmp_path).encode([pixels])
-    one = training.sample("x", array[0].numpy(), 256, 8, found)
+    one = training_samples.sample("x", array[0].numpy(), 256, 8, found)
     assert one is not None
-    trainer.decoder.derive()
     with torch.no_grad():
-        if trainer.encoder is not None:
+        if trainer.network.encoder is not None:
             normal = encoder.normalise([pixels], 256, card.pixel_mean, card.pixel_std)
-            assert relative(trainer._encode(normal, (0, 0)), array) < 1e-5
-        prompts = training._Prompts(trainer, one, (0, 0), boxes=True, jitter=False)
-        logits, _ = trainer._decode(array.clone(), prompts, (0, 0))
+            assert relative(trainer.network.encode(normal, (0, 0)), array) < 1e-5
+        prompts = DrawnPrompts(trainer.network, one, (0, 0), boxes=True)
+        logits, _ = trainer.network.decode(array.clone(), (0, 0), *prompts.embedded())
     asked = DecodeRequest(one.image, (256, 256), Prompts(boxes=one.boxes))
     assert relative(logits[:, :1], decoder.load(tmp_path).logits(asked)[0]) < 1e-4
 
@@ -209,14 +209,70 @@ def test_what_is_trained_is_what_the_result_computes(folder: Path, tmp_path: Pat
 def test_clicks_lie_where_they_are_said_to(folder: Path) -> None:
     trainer = Trainer(folder, PLAN)
     one = sample(4)
-    target = trainer._target(one)
-    prompts = training._Prompts(trainer, one, (2, 1), boxes=False)
+    target = one.target("cpu")
+    prompts = DrawnPrompts(trainer.network, one, (2, 1), False, trainer.generator)
     prompts.correct(torch.where(target > 0.5, -1.0, -2.0), target)  # all of it was missed
     prompts.correct(torch.ones_like(target), target)  # all the rest was taken in
     assert prompts.labels.tolist() == [[1, 1, 0]] * len(target)
     places = ((prompts.points + 0.5 - torch.tensor([8.0, 16.0])) / 2).floor().long()
     for own, points in zip(target, places, strict=True):
         assert [(own[y, x] > 0.5).item() for x, y in points.tolist()] == [True, True, False]
+
+
+def with_background(seed: int, background: np.ndarray | None = None) -> Sample:
+    pixels, found = discs(seed)
+    clear = ~found.any(0) if background is None else background
+    made = training_samples.sample(f"disc-{seed}", pixels, 64, 8, found, background=clear)
+    assert made is not None
+    return made
+
+
+def test_clicks_beside_all_objects_lie_in_the_background(folder: Path) -> None:
+    trainer, one = Trainer(folder, PLAN), with_background(4)
+    count, target = len(one.boxes), one.target("cpu")
+    assert one.background is not None
+    prompts = DrawnPrompts(trainer.network, one, (2, 1), False, trainer.generator, training_samples.NOWHERE)
+    assert prompts.nowhere == training_samples.NOWHERE
+    assert prompts.labels.tolist() == [[1]] * (count + training_samples.NOWHERE)
+    places = ((prompts.points[:, 0] + 0.5 - torch.tensor([8.0, 16.0])) / 2).floor().long().tolist()
+    assert all(own[y, x] >= 0.5 for own, (x, y) in zip(target, places[:count], strict=True))
+    assert [one.background[y, x] for x, y in places[count:]] == [
+        training_samples.SUBSAMPLES**2
+    ] * training_samples.NOWHERE
+    prompts.correct(torch.full_like(target, -1.0), target)
+    assert prompts.points.shape == (count, 2, 2)
+
+
+@pytest.mark.parametrize("why", ["boxes", "validation", "not all is labelled", "objects everywhere"])
+def test_no_clicks_beside_objects(folder: Path, why: str) -> None:
+    nothing = np.zeros((64, 64), bool)
+    one = {"not all is labelled": sample(4), "objects everywhere": with_background(4, nothing)}.get(
+        why, with_background(4)
+    )
+    trainer = Trainer(folder, PLAN)
+    generator, nowhere = (None, 0) if why == "validation" else (trainer.generator, training_samples.NOWHERE)
+    prompts = DrawnPrompts(trainer.network, one, (0, 0), why == "boxes", generator, nowhere)
+    assert (prompts.nowhere, len(prompts.points)) == (0, len(one.boxes))
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_training_with_a_background_is_finite(folder: Path, loss: str) -> None:
+    trainer = Trainer(folder, Plan(1e-3, loss, 2, 1, True))
+    found = [trainer.step([with_background(0), with_background(1)], 0.1) for _ in range(5)]
+    assert np.isfinite([(one.loss, one.iou_loss) for one in found]).all()
+
+
+def test_what_is_found_beside_all_objects_has_an_iou_of_0(folder: Path) -> None:
+    """Of a decoder that predicts an IoU of 100 for whatever it is asked, each click there is as wrong as can be."""
+    trainer, one = Trainer(folder, Plan(1e-9, "focal", 1, 0)), with_background(4)
+    fine = {name: getattr(one, name).repeat(4, -1).repeat(4, -2) for name in ("masks", "background")}
+    given = replace(one, image=embedded(0).image, window=256, boxes=4 * one.boxes, **fine)
+    state, head = trainer.weights(), "mask_decoder.iou_prediction_head.layers.2."
+    state[head + "weight"][:], state[head + "bias"][:] = 0, 100
+    trainer.restore({**trainer.snapshot(), "state": state})
+    clicks = 1 + training_samples.NOWHERE / len(one.boxes)
+    found = {round(trainer.step([given], 0.5).iou_loss / 100**2, 1) for _ in range(8)}
+    assert found == {1.0, round(clicks, 1)}  # of boxes, and of clicks
 
 
 @pytest.mark.parametrize("plan", [Plan(0, "bce", 1, 0), Plan(1e-3, "l2", 1, 0), Plan(1e-3, "bce", 0, 0)])

@@ -308,7 +308,6 @@ KINDS: dict[str, tuple[list[Lay], list[Light]]] = {
     "histology": ([_strewn(_nucleus, 3.5, 0.15, 0.05)], [_stroma]),
     "membranes": ([_sheet, _strewn(_cell, 6, 0.3)], [_outline]),
     "bacteria": ([_strewn(_rods(1.5, 9, 4, 0), 1.6, 0.05)], [_glow, _phase, _absorbing]),
-    "filaments": ([_strewn(_rods(12, 40, 12, 0.25), 1.3, 0.025, cross=0.05)], [_glow, _phase, _absorbing]),
     "discs": ([_strewn(_disc, 4, 0.3, cross=0.1)], [_relief, _relief, _glow]),
     "tissue": ([_sheet], [_cytoplasm, _outline, _epithelium]),
     "yeast": ([_strewn(_budding, 3, 0.18, cross=0.1)], [_phase, _absorbing, _glow, _outline]),
