@@ -23,6 +23,8 @@ bench: $(READY)  ## ratios against peers; each prints a table and one line of JS
 	$(BIN)/python -m tests.benchmarks.job
 	$(BIN)/python -m tests.benchmarks.encoder
 	$(BIN)/python -m tests.benchmarks.decoder
+	$(BIN)/python -m tests.benchmarks.nano
+	$(BIN)/python -m tests.benchmarks.finetune
 
 clean:
 	rm -rf .venv demo build dist *.egg-info
