@@ -149,7 +149,7 @@ def good(answer: Any) -> Any:
 
 @lru_cache(None)
 def fields_of(kind: str, count: int) -> list[Scene]:
-    seeds, made = itertools.count(FIRST_SEED + 1000 * KINDS.index(kind)), []
+    seeds, made = itertools.count(FIRST_SEED + 1000 * KINDS.index(kind)), list[Scene]()
     while len(made) < count:
         one = synthetic.field(next(seeds), (SIDE, SIDE), kind)
         areas = np.bincount(one.labels.ravel())[1:]
