@@ -59,7 +59,7 @@ class Source(Protocol):
         """Up to `size` samples of one window."""
 
     def held(self, first: int, count: int) -> list[Sample]:
-        """Samples of some of the images for validation, always the same; [] past the last."""
+        """Samples of some of the images (or of a crop of each) for validation, always the same; [] past the last."""
 
 
 def held_out(image_id: str, share: float) -> bool:

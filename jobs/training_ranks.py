@@ -1,6 +1,7 @@
 """Training by several processes, a GPU each: every one takes its share of a batch, and their gradients are added up.
 
-Several GPUs were not tried yet, only several processes on CPUs.
+Several GPUs were not tried yet, only several processes on CPUs. While they run, torch's rendezvous listens on a free
+port of all the node's interfaces and asks nobody for a key: for a cluster's own network.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from ray.exceptions import RayTaskError
 from safetensors.torch import save_file
 
 from cluster import settings
-from cluster.errors import Conflict, InvalidSettings
+from cluster.errors import CellrayError, Conflict, InvalidSettings
 from cluster.settings import WeightsSettings
 from jobs import replicas
+from jobs.shards import Pipeline, Progress
 from serve_app import deployments, models
 from serve_app.contract import ModelInfo
 from serve_app.model import checkpoint
@@ -121,6 +122,15 @@ def test_no_request_is_dropped_and_none_is_mixed(
         replicas.decoder(stale, 60)([request])
     assert isinstance(foreign(caught.value), Conflict)
     assert f"{after['decoder_sha256'][:12]}… answers" in str(foreign(caught.value))
+
+
+def test_a_job_whose_decoder_was_exchanged_stops_and_writes_no_error_rows() -> None:
+    def call(_: list[int]) -> list[int | CellrayError]:
+        raise Conflict("the decoder was exchanged")
+
+    pipeline = Pipeline[int, int, int](lambda one: one, call, lambda _: 1, 2, Progress(0))
+    with pytest.raises(Conflict, match="exchanged"):
+        list(pipeline.run([1, 2, 3]))
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,9 @@ def star(
     return Shape(long * (1 + swing), depth)
 
 
-def rod(rng: np.random.Generator, radius: float, length: float, bend: float, segments: int, kink: float = 0.0) -> Shape:
-    """A tube around a line of `length` px that turns by `bend` radians in all, and by `kink` at random each segment."""
-    turns = rng.uniform(0, 2 * math.pi) + np.linspace(0, bend, segments) + np.cumsum(rng.normal(0, kink, segments))
+def rod(rng: np.random.Generator, radius: float, length: float, bend: float, segments: int) -> Shape:
+    """A tube around a line of `length` px that turns by `bend` radians in all."""
+    turns = rng.uniform(0, 2 * math.pi) + np.linspace(0, bend, segments)
     steps = np.stack([np.sin(turns), np.cos(turns)], 1) * length / segments
     points = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
     points -= (points.max(0) + points.min(0)) / 2

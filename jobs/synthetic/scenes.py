@@ -71,14 +71,14 @@ def _oval(*stretches: float, wobbles: tuple[float, ...] = (0.0,)) -> Callable[[R
     return draw
 
 
-def _rods(shortest: float, longest: float, segments: int, kinks: float) -> Callable[[Rng], Make]:
-    """Lengths are in radii; `kinks` is the largest turn from one segment to the next, radians."""
+def _rods(shortest: float, longest: float, segments: int) -> Callable[[Rng], Make]:
+    """Lengths are in radii."""
 
     def draw(rng: Rng) -> Make:
-        length, bend, kink = rng.uniform(shortest, longest), _pick(rng, 0, 0.4, 1.2), rng.uniform(0, kinks)
-        pieces = segments if bend or kink else 1
+        length, bend = rng.uniform(shortest, longest), _pick(rng, 0, 0.4, 1.2)
+        pieces = segments if bend else 1
         return lambda rng, radius: [
-            Part(rod(rng, radius, radius * length * rng.uniform(0.5, 1.3), rng.normal(0, bend), pieces, kink))
+            Part(rod(rng, radius, radius * length * rng.uniform(0.5, 1.3), rng.normal(0, bend), pieces))
         ]
 
     return draw
@@ -307,7 +307,7 @@ KINDS: dict[str, tuple[list[Lay], list[Light]]] = {
     "brightfield": ([_strewn(_cell, 4, 0.3, 0.08), _strewn(_nucleus, 4, 0.25)], [_absorbing]),
     "histology": ([_strewn(_nucleus, 3.5, 0.15, 0.05)], [_stroma]),
     "membranes": ([_sheet, _strewn(_cell, 6, 0.3)], [_outline]),
-    "bacteria": ([_strewn(_rods(1.5, 9, 4, 0), 1.6, 0.05)], [_glow, _phase, _absorbing]),
+    "bacteria": ([_strewn(_rods(1.5, 9, 4), 1.6, 0.05)], [_glow, _phase, _absorbing]),
     "discs": ([_strewn(_disc, 4, 0.3, cross=0.1)], [_relief, _relief, _glow]),
     "tissue": ([_sheet], [_cytoplasm, _outline, _epithelium]),
     "yeast": ([_strewn(_budding, 3, 0.18, cross=0.1)], [_phase, _absorbing, _glow, _outline]),

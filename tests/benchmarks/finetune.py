@@ -18,7 +18,6 @@ turn; both make their targets in their time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from serve_app.model.checkpoint import ModelCard
 from serve_app.model.prompts import Prompts
 from serve_app.model.training import Plan, Trainer
 from serve_app.model.training_samples import Sample
-from tests.benchmarks.nano import MODEL, Model, Scene
+from tests.benchmarks.nano import MODEL, Model, Scene, report
 
 WANTED = {"finetune_recovered": 0.5, "finetune_total_s": 300.0, "finetune_vs_with_encoder": 1.7}
 SERVE_CONFIG = Path("deploy/serve.local.yaml")
@@ -257,10 +256,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     for name in arguments.only:
         figures |= parts[name](arguments)
-    for name, value in figures.items():
-        wanted = f"{'<' if name.endswith('_s') else '≥'} {WANTED[name]:g}" if name in WANTED else ""
-        print(f"{name:34} {value:10.3f}  {wanted}")
-    print(json.dumps({"benchmark": "finetune", "figures": {name: float(value) for name, value in figures.items()}}))
+    report("finetune", figures, WANTED)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ is the mean of the three images' means.
 automask: a grid of points (GRID) on the fields of nuclei; mask and object pair up from an IoU of 0.5, the best first.
 time: an image of 512² px → 20 boxes' masks as RLE, warm, turn by turn with segment_anything's SamPredictor.
 
-Only objects of fewer than 16 px are left out, four of the decoder's pixels, as in training; the table has their number.
+Only objects of fewer than 16 px are left out, four of the decoder's pixels; the table has their number.
 """
 
 from __future__ import annotations
@@ -287,6 +287,8 @@ def main() -> None:
     with models.opened(known, arguments.source) as folder:
         model = Model(folder, models.find(known, MODEL))
         print(f"{model.encoder.runtime}; {model.decoder.runtime}; {torch.get_num_threads()} threads", flush=True)
+        if not model.encoder.card.trained:
+            print(f"{arguments.source} is random weights: only its times mean something", flush=True)
         if "synthetic" in arguments.only:
             figures |= on_synthetic(model, arguments.fields, sheet)
         if "real" in arguments.only:
@@ -297,10 +299,15 @@ def main() -> None:
             figures |= on_time(model, folder)
     if arguments.picture:
         show._sheet(sheet, "Masks from boxes, then automatic ones", "").save(arguments.picture)
+    report("nano", figures, WANTED)
+
+
+def report(benchmark: str, figures: dict[str, float], wanted: dict[str, float]) -> None:
+    """A line a figure, with what is wanted: at most of a time, at least of another; then all as JSON."""
     for name, value in figures.items():
-        wanted = f"{'<' if name.endswith('_ms') else '≥'} {WANTED[name]:g}" if name in WANTED else ""
-        print(f"{name:32} {value:10.3f}  {wanted}")
-    print(json.dumps({"benchmark": "nano", "figures": {name: float(value) for name, value in figures.items()}}))
+        sign = "<" if name.endswith(("_s", "_ms")) else "≥"
+        print(f"{name:34} {value:10.3f}  {f'{sign} {wanted[name]:g}' if name in wanted else ''}")
+    print(json.dumps({"benchmark": benchmark, "figures": {name: float(value) for name, value in figures.items()}}))
 
 
 if __name__ == "__main__":
