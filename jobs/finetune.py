@@ -56,7 +56,7 @@ EPILOG = """examples:
   python -m jobs.finetune ~/nano --full synthetic --model nano --minutes 60
 """
 STOP_TIMEOUT_S = 120.0
-DECODER_LR, FULL_LR = 1e-4, 8e-4
+DECODER_LR, FULL_LR = 1e-4, 5e-4
 DEFAULT_EPOCHS = 20
 
 

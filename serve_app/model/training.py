@@ -22,7 +22,7 @@ from serve_app.model.losses import LOSSES, iou, mask_loss
 from serve_app.model.training_network import Network, Place
 from serve_app.model.training_samples import NOWHERE, DrawnPrompts, Sample
 
-BALANCED = 0.5  # of the training, in which object and background weigh more alike than they are large, less and less;
+BALANCED = 0.4  # of the training, in which object and background weigh more alike than they are large, less and less;
 # only after it are there corrections, and clicks beside the objects
 BOXES = 2 / 3  # of the images; the others' objects get a click
 MOST_SEEDS = 1009  # a step: one for what its images share, and one an image
