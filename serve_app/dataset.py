@@ -265,15 +265,13 @@ class ShardWriter:
         """Publish the files, then the record. After this the shard exists; before it, it does not.
 
         Raises:
-            Conflict: a file of another plan, or with other rows, is in the way.
+            Conflict: a file of another plan is in the way.
         """
         files = []
         for dataset, writer in self.writers.items():
             self._flush(dataset)
             writer.close()
-            path = f"{dataset}/{self.job}-000-{self.shard:06d}.parquet"
-            size, sha256 = self._publish(join(self.out, path), self.folder / f"{dataset}.parquet")
-            files.append(ShardFile(dataset, path, self.rows[dataset], size, sha256))
+            files.append(self._publish(dataset, f"{dataset}/{self.job}-000-{self.shard:06d}.parquet"))
         record = Record(
             job=self.job,
             generation=0,
@@ -293,22 +291,26 @@ class ShardWriter:
             return theirs
         return record
 
-    def _publish(self, uri: str, local: Path) -> tuple[int, str]:
-        """(bytes, sha256) of the file now at `uri`: ours, or one of the same plan with the same rows (bits may differ:
-        a killed predecessor's)."""
+    def _publish(self, dataset: str, path: str) -> ShardFile:
+        """Of a killed predecessor's file at `path`, of the same plan, the same rows are taken over (bits may differ);
+        beside other rows, as where an image failed that now did not, ours stand under a name of their own."""
+        uri, local, rows = join(self.out, path), self.folder / f"{dataset}.parquet", self.rows[dataset]
         try:
             self.storage.publish(uri, local)
         except Conflict:
             with self.storage.open(uri) as theirs, local.open("rb") as ours:
+                plan, own = _identity(ours)
                 try:
-                    same = _identity(theirs) == _identity(ours)
+                    there, kept = _identity(theirs)
                 except (pa.ArrowException, OSError):
-                    same = False
-            if not same:
+                    there, kept = None, ""
+            if there != plan:
                 raise
-            return self.storage.size(uri), self.storage.sha256(uri)
+            if kept != own:
+                return self._publish(dataset, f"{path.removesuffix('.parquet')}-{own}.parquet")
+            return ShardFile(dataset, path, rows, self.storage.size(uri), self.storage.sha256(uri))
         with local.open("rb") as file:
-            return local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            return ShardFile(dataset, path, rows, local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
@@ -319,14 +321,15 @@ def _leaves(schema: pa.Schema) -> list[str]:
     return [leaves.column(index).path for index in range(len(leaves))]
 
 
-def _identity(file: IO[bytes]) -> tuple[Any, ...]:
-    """What two writings of one shard share: the plan, and which rows of which images."""
+def _identity(file: IO[bytes]) -> tuple[bytes | None, str]:
+    """What two writings of one shard share: the plan's fingerprint, and a hash of which rows of which images."""
     parquet = pq.ParquetFile(file)
     metadata = parquet.schema_arrow.metadata or {}
     names = [
         name for name in ("embedding_id", "image_uri", "mask_index", "stage") if name in parquet.schema_arrow.names
     ]
-    return metadata.get(b"cellray.fingerprint"), parquet.read(columns=names).to_pydict()
+    rows = json.dumps(parquet.read(columns=names).to_pydict()).encode()
+    return metadata.get(b"cellray.fingerprint"), hashlib.sha256(rows).hexdigest()[:12]
 
 
 def record_uri(out: str, job: str, shard: int) -> str:
