@@ -95,17 +95,25 @@ class Storage:
         """
         uri = absolute(uri)
         with mapped(uri):
-            if not is_s3(uri):
-                yield from _walk(uri)
-                return
-            listed = self._s3.find(uri, detail=True)
-            if not listed:
-                self._s3.info(uri.removeprefix(S3).split("/")[0])  # an absent bucket is an error of its own
-                raise NotFound(f"{uri} holds no objects: check the bucket and the prefix")
-            for key, entry in sorted(listed.items()):
-                below = key.removeprefix(uri.removeprefix(S3))
-                if not key.endswith("/") and not any(part[:1] in "._" for part in below.strip("/").split("/") if part):
-                    yield File(S3 + key, entry["size"])
+            yield from self._objects(uri) if is_s3(uri) else _walk(uri)
+
+    def _objects(self, uri: str) -> Iterator[File]:
+        """A page of 1,000 at a time: there may be more than fit in memory. Keys come in the order of their UTF-8."""
+        bucket, _, key = uri.removeprefix(S3).partition("/")
+        found = bool(key) and self.exists(uri)
+        if found:
+            yield File(uri, self.size(uri))
+        below = f"{key}/" if key else ""
+        at: dict[str, str] | None = {}
+        while at is not None:
+            page = self._s3.call_s3("list_objects_v2", Bucket=bucket, Prefix=below, **at)
+            for entry in page.get("Contents", ()):
+                found, name = True, entry["Key"].removeprefix(below)
+                if name and not name.endswith("/") and not any(part[:1] in "._" for part in name.split("/") if part):
+                    yield File(f"{S3}{bucket}/{entry['Key']}", entry["Size"])
+            at = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
+        if not found:
+            raise NotFound(f"{uri} holds no objects: check the bucket and the prefix")
 
     def size(self, uri: str) -> int:
         """Bytes of one file. Raises NotFound where there is none."""

@@ -20,7 +20,7 @@ from cluster.memory import private_mb
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
 from cluster.telemetry import configure_logging
-from jobs.plan import DEFAULT_SHARD_IMAGES, Plan
+from jobs.plan import DEFAULT_SHARD_IMAGES, Listing, Plan
 from jobs.shards import Progress, run
 from serve_app import dataset
 from serve_app.contract import ModelInfo
@@ -131,25 +131,28 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def execute(
-    job: Job,
-    plan: Plan,
-    task: Any,
-    context: tuple[Any, ...],
-    shards: list[Sequence[Any]],
-    model: ModelInfo,
-    replicas: dict[str, int],
-) -> int:
+@dataclass(frozen=True)
+class Work:
+    """What a job is to do: its `task` is called with `context`, the footers' metadata, a shard's index and what
+    `sources` gives for it."""
+
+    plan: Plan
+    listing: Listing
+    sources: Callable[[int], Sequence[Any]]
+    task: Any
+    context: tuple[Any, ...]
+
+
+def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) -> int:
     """Freeze the plan, run the shards that are not committed yet, report. Returns the exit code."""
     started = time.perf_counter()
-    images = sum(map(len, shards))
-    resumed = plan.freeze(job.storage, job.output)
-    committed = {}
-    if resumed:
-        records = dataset.open(job.output, job.storage).records
-        committed = {record.shard: record for record in records if record.job == job.name}
-    work = [(index, chosen) for index, chosen in enumerate(shards) if index not in committed]
-    before = sum(len(shards[index]) for index in committed)
+    plan, listing, images = work.plan, work.listing, work.listing.images
+    committed: dict[int, int] = {}  # shard: errors
+    if plan.freeze(job.storage, job.output):
+        records = dataset.records(job.output, job.storage)
+        committed = {record.shard: record.rows(dataset.ERRORS) for record in records if record.job == job.name}
+    left = [index for index in range(len(listing)) if index not in committed]
+    before = sum(map(listing.size, committed))
     if before:
         print(f"{job.name}: resuming, {before} of {images} images are committed", flush=True)
     if not model.trained:
@@ -165,11 +168,11 @@ def execute(
     }
     reporter = _Reporter(job, images, before)
     try:
-        latest = run(task, (*context, metadata), work, job.arguments.parallel, reporter)
+        latest = run(work.task, (*work.context, metadata), left, work.sources, job.arguments.parallel, reporter)
     finally:
         reporter.close()
     seconds = time.perf_counter() - started
-    errors = sum(record.rows(dataset.ERRORS) for record in committed.values()) + sum(p.errors for p in latest)
+    errors = sum(committed.values()) + sum(progress.errors for progress in latest)
     report = _report(job, images, before, errors, seconds, latest, reporter.memory_mb, replicas, model)
     job.storage.overwrite(join(job.output, f"_report-{job.name}.json"), json.dumps(report, indent=2).encode())
     allowed = job.arguments.max_error_rate

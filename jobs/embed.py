@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import ray
@@ -15,7 +16,7 @@ from cluster.storage import File, Storage
 from jobs import driver, images, replicas
 from jobs.driver import Job
 from jobs.images import ReadImage
-from jobs.plan import Plan, listing_hash, shards
+from jobs.plan import Listing, Plan
 from jobs.shards import Pipeline, Progress, measured
 from serve_app import contract, dataset
 from serve_app.contract import Embedding, ModelInfo
@@ -38,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(job: Job) -> int:
-    files = list(images.find(job.storage, job.input))[: job.arguments.limit]
+    files = islice(images.find(job.storage, job.input), job.arguments.limit)
+    listing = Listing(files, job.arguments.shard_images)
     info = replicas.connect(job.arguments.model)
     facts = {
         "input": job.input,
-        "listing": listing_hash(files),
-        "images": len(files),
+        "listing": listing.fingerprint,
+        "images": listing.images,
         "shard_images": job.arguments.shard_images,
         "model": info.name,
         "encoder_sha256": info.encoder_sha256,
@@ -51,9 +53,9 @@ def _run(job: Job) -> int:
         "dtype": contract.DTYPE,
         "compute_dtype": info.dtype,
     }
-    work = shards(files, job.arguments.shard_images)
     context = (job.settings, job.output, info, job.arguments.batch)
-    return driver.execute(job, Plan(NAME, facts), _shard, context, work, info, replicas.running(info.name))
+    work = driver.Work(Plan(NAME, facts), listing, listing.shard, _shard, context)
+    return driver.execute(job, work, info, replicas.running(info.name))
 
 
 def embedding(read: ReadImage, array: np.ndarray, info: ModelInfo) -> Embedding:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import tempfile
+from array import array
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from cluster.errors import Conflict
-from cluster.storage import File, Storage
+from cluster.storage import File, Storage, mapped
 from serve_app.dataset import MAX_RECORD_BYTES, MAX_ROWS_A_FILE, SCHEMA_VERSION, plan_uri
-
-Source = TypeVar("Source")
 
 DEFAULT_SHARD_IMAGES = 256
 
@@ -66,15 +66,35 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…{text[-20:]}"
 
 
-def listing_hash(files: Iterable[File]) -> str:
-    """sha256 over URIs and sizes, in order."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.uri}\t{file.size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+class Listing:
+    """A job's images in their order, in shards: consecutive ones, the same whatever runs them. They are kept on disk,
+    since there may be tens of millions.
 
+    images: how many. fingerprint: sha256 over their names and sizes, in order.
+    """
 
-def shards(sources: Sequence[Source], images: int) -> list[Sequence[Source]]:
-    """Consecutive slices of at most `images`: the same for the same listing, whatever runs them."""
-    images = min(images, MAX_ROWS_A_FILE)
-    return [sources[start : start + images] for start in range(0, len(sources), images)]
+    def __init__(self, files: Iterable[File], shard_images: int) -> None:
+        self.shard_images = min(shard_images, MAX_ROWS_A_FILE)
+        self.starts, self.images, digest = array("Q"), 0, hashlib.sha256()
+        with mapped(tempfile.gettempdir()):
+            self.lines = tempfile.TemporaryFile(prefix="cellray-listing-")  # noqa: SIM115
+            for file in files:
+                if self.images % self.shard_images == 0:
+                    self.starts.append(self.lines.tell())
+                line = json.dumps(astuple(file)).encode() + b"\n"
+                digest.update(line)
+                self.lines.write(line)
+                self.images += 1
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        """Shards."""
+        return len(self.starts)
+
+    def shard(self, index: int) -> list[File]:
+        self.lines.seek(self.starts[index])
+        return [File(*json.loads(self.lines.readline())) for _ in range(self.size(index))]
+
+    def size(self, index: int) -> int:
+        """Images in a shard."""
+        return min(self.shard_images, self.images - index * self.shard_images)

@@ -21,7 +21,7 @@ from jobs import driver, images, prompts, replicas
 from jobs.driver import Job
 from jobs.embed import embedding
 from jobs.images import ReadImage
-from jobs.plan import Plan, listing_hash, shards
+from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
 from jobs.shards import Pipeline, Progress, measured
 from serve_app import dataset
@@ -82,19 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(job: Job) -> int:
     arguments = job.arguments
     options = _options(arguments)
-    files = list(images.find(job.storage, job.input))
+    files = images.find(job.storage, job.input)
     table = prompts.read(job.storage, arguments.prompts, job.input) if arguments.prompts else None
     if table is not None:
-        _refuse_strangers(table, files, job)
-        files = [file for file in files if file.uri in table]
-    files = files[: arguments.limit]
+        files = _prompted(table, files, job)
+    listing = Listing(islice(files, arguments.limit), arguments.shard_images)
     info = replicas.connect(arguments.model)
-    stored = _stored(job, info, files) if arguments.embeddings else {}
-    sources = [Source(file, table[file.uri] if table else None, stored.get(file.uri)) for file in files]
+    stored = _stored(job, info, listing) if arguments.embeddings else {}
+
+    def sources(index: int) -> list[Source]:
+        files = listing.shard(index)
+        return [Source(file, table[file.uri] if table else None, stored.get(file.uri)) for file in files]
+
     facts = {
         "input": job.input,
-        "listing": listing_hash(files),
-        "images": len(files),
+        "listing": listing.fingerprint,
+        "images": listing.images,
         "shard_images": arguments.shard_images,
         "model": info.name,
         "encoder_sha256": info.encoder_sha256,
@@ -106,9 +109,9 @@ def _run(job: Job) -> int:
         "multimask": options.multimask,
         "grid": asdict(options.grid) if options.grid else None,
     }
-    work = shards(sources, arguments.shard_images)
     context = (job.settings, job.output, info, arguments.batch, options)
-    return driver.execute(job, Plan(NAME, facts), _shard, context, work, info, replicas.running(info.name))
+    work = driver.Work(Plan(NAME, facts), listing, sources, _shard, context)
+    return driver.execute(job, work, info, replicas.running(info.name))
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -125,13 +128,19 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(False, grid, from_embeddings)
 
 
-def _refuse_strangers(table: dict[str, ImagePrompts], files: list[File], job: Job) -> None:
-    strangers = sorted(set(table) - {file.uri for file in files})
+def _prompted(table: dict[str, ImagePrompts], files: Iterator[File], job: Job) -> Iterator[File]:
+    """Those with prompts. Raises InvalidInput where there are prompts for others, before the first of them."""
+    strangers, chosen = set(table), []
+    for file in files:
+        if file.uri in table:
+            strangers.discard(file.uri)
+            chosen.append(file)
     if strangers:
         raise InvalidInput(
             f"{job.arguments.prompts} has prompts for {len(strangers)} images that are not under {job.input}, "
-            f"e.g. {strangers[0]}"
+            f"e.g. {min(strangers)}"
         )
+    return iter(chosen)
 
 
 def _hash(table: dict[str, ImagePrompts]) -> str:
@@ -139,10 +148,10 @@ def _hash(table: dict[str, ImagePrompts]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _stored(job: Job, info: ModelInfo, files: list[File]) -> dict[str, tuple[str, int]]:
+def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, tuple[str, int]]:
     """Image URI → (embeddings file, row). Raises where nothing matches, or another encoder made the data set."""
     found = dataset.open(job.arguments.embeddings, job.storage)
-    wanted = {file.uri for file in files}
+    wanted = {file.uri for index in range(len(listing)) for file in listing.shard(index)}
     rows: dict[str, tuple[str, int]] = {}
     known = ""
     for uri, record in found.files(dataset.EMBEDDINGS):
@@ -157,7 +166,7 @@ def _stored(job: Job, info: ModelInfo, files: list[File]) -> dict[str, tuple[str
                 rows[image_uri] = uri, row
     if not rows:
         example = f"its images are like {known}" if known else "it holds no embeddings"
-        raise NotFound(f"{found.uri} has none of the {len(files)} images of {job.input}: {example}")
+        raise NotFound(f"{found.uri} has none of the {listing.images} images of {job.input}: {example}")
     return rows
 
 

@@ -152,26 +152,27 @@ class Pipeline(Generic[Source, Item, Result]):
 def run(
     task: Any,
     arguments: tuple[Any, ...],
-    work: Sequence[tuple[int, Sequence[Any]]],
+    shards: Sequence[int],
+    sources: Callable[[int], Sequence[Any]],
     parallel: int,
     report: Callable[[list[Progress]], None],
 ) -> list[Progress]:
-    """Run `task.remote(*arguments, index, sources)` for each (index, sources), at most `parallel` at a time.
+    """Run `task.remote(*arguments, index, sources(index))` for each index of `shards`, at most `parallel` at a time.
 
     `task` is a Ray remote function that yields Progress. `report` is called about once a second with what is new.
     A shard whose worker died is run again; a CellrayError from a shard stops all of them, and so does Ctrl-C.
     """
-    waiting = deque(work)
-    sources = dict(work)
+    waiting = deque(shards)
     latest: dict[int, Progress] = {}
     attempts: dict[int, int] = {}
     running: dict[Any, int] = {}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
-                index, chosen = waiting.popleft()
+                index = waiting.popleft()
                 attempts[index] = attempts.get(index, 0) + 1
-                running[task.options(num_returns="streaming").remote(*arguments, index, chosen)] = index
+                stream = task.options(num_returns="streaming").remote(*arguments, index, sources(index))
+                running[stream] = index
             ready: list[Any] = ray.wait(list(running), timeout=1.0)[0]
             for stream in ready:
                 index = running[stream]
@@ -190,7 +191,7 @@ def run(
                     log.warning(f"the worker of shard {index} died; the shard starts again")
                     del running[stream]
                     latest.pop(index, None)
-                    waiting.append((index, sources[index]))
+                    waiting.append(index)
             report(list(latest.values()))
         return list(latest.values())
     finally:

@@ -38,7 +38,7 @@ MAX_ROWS_A_FILE = 512  # 2 MiB rows: past 1,024 of them the int32 offsets of bin
 MASK_ROW_GROUP = 4096
 JOBS = ("embed", "segment")
 MAX_RECORD_BYTES = 64 * MIB
-RECORD_READERS = 16
+RECORD_READERS, RECORDS_AT_ONCE = 16, 256
 
 SCHEMAS = {
     EMBEDDINGS: pa.schema(
@@ -390,6 +390,11 @@ def open(uri: str, storage: Storage | None = None) -> Dataset:
         NotFound: there is no plan at `uri`, so it is no data set.
     """
     storage, uri = storage or Storage(), absolute(uri)
+    return Dataset(storage, uri, tuple(records(uri, storage)))
+
+
+def records(uri: str, storage: Storage) -> Iterator[Record]:
+    """The records of `open`, a few at a time."""
     try:
         listed = [file.uri for file in storage.list(join(uri, "_records"))]
     except NotFound:
@@ -397,8 +402,8 @@ def open(uri: str, storage: Storage | None = None) -> Dataset:
             raise NotFound(f"{uri} is no data set: it holds no {plan_uri('', 'embed').strip('/')}") from None
         listed = []
     with ThreadPoolExecutor(RECORD_READERS) as pool:
-        records = tuple(pool.map(lambda one: read_record(storage, one), listed))
-    return Dataset(storage, uri, records)
+        for start in range(0, len(listed), RECORDS_AT_ONCE):
+            yield from pool.map(lambda one: read_record(storage, one), listed[start : start + RECORDS_AT_ONCE])
 
 
 def plan_uri(out: str, job: str) -> str:

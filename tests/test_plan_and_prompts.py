@@ -21,7 +21,7 @@ from cluster.errors import CellrayError, Conflict, InvalidImage, InvalidInput, I
 from cluster.settings import Limits
 from cluster.storage import File, Storage, join
 from jobs import images, prompts
-from jobs.plan import Plan, listing_hash, shards
+from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
 from serve_app.dataset import MAX_ROWS_A_FILE, plan_uri
 from tests.s3 import Place, place_fixture, s3_fixture  # noqa: F401
@@ -109,36 +109,33 @@ def test_the_fingerprint_depends_on_the_job_and_not_on_order() -> None:
     assert Plan("embed", dict(reversed(FACTS.items()))).fingerprint == plan.fingerprint
 
 
-def test_the_listing_hash_depends_on_names_sizes_and_order() -> None:
+def test_the_listings_fingerprint_depends_on_names_sizes_and_order() -> None:
     files = [File("s3://in/ü 1.png", 1), File("s3://in/2.png", 2)]
-    hashes = {
-        listing_hash(files),
-        listing_hash(files[::-1]),
-        listing_hash(files[:1]),
-        listing_hash([files[0], File(files[1].uri, 3)]),
-        listing_hash([files[0], File("s3://in/3.png", 2)]),
-        listing_hash([]),
-    }
-    assert len(hashes) == 6
-    assert listing_hash(iter(files)) == listing_hash(files)
+    others = files, files[::-1], files[:1], [files[0], File(files[1].uri, 3)], [files[0], File("s3://in/3.png", 2)], []
+    assert len({Listing(one, 8).fingerprint for one in others}) == 6
+    assert Listing(files, 1).fingerprint == Listing(files, 8).fingerprint
 
 
 def test_a_file_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"1")
-    listing_hash(images.find(Storage(), str(tmp_path)))
+    listing = Listing(images.find(Storage(), str(tmp_path)), 8)
+    assert listing.shard(0) == [File(str(tmp_path / os.fsdecode(b"\xff.png")), 1)]
 
 
 @pytest.mark.parametrize(("count", "size", "expected"), [(0, 4, []), (4, 4, [4]), (9, 4, [4, 4, 1]), (3, 1, [1, 1, 1])])
 def test_shards_are_slices_of_the_listing(count: int, size: int, expected: list[int]) -> None:
-    sources = list(range(count))
-    made = shards(sources, size)
-    assert [len(one) for one in made] == expected
-    assert [source for one in made for source in one] == sources
-    assert made == shards(sources, size)
+    files = [File(f"s3://in/line\nbreak {number}\udcff.png", number) for number in range(count)]
+    made = Listing(iter(files), size)
+    shards = [made.shard(index) for index in range(len(made))]
+    assert [len(one) for one in shards] == [made.size(index) for index in range(len(made))] == expected
+    assert [file for one in shards for file in one] == files
+    assert made.images == count
+    assert [made.shard(index) for index in reversed(range(len(made)))] == shards[::-1]
 
 
 def test_a_shard_is_never_more_than_a_file_holds() -> None:
-    assert [len(one) for one in shards(range(1000), 9999)] == [MAX_ROWS_A_FILE, 1000 - MAX_ROWS_A_FILE]
+    made = Listing((File(str(number), 1) for number in range(1000)), 9999)
+    assert [made.size(index) for index in range(len(made))] == [MAX_ROWS_A_FILE, 1000 - MAX_ROWS_A_FILE]
 
 
 # Prompt tables
