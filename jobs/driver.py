@@ -20,6 +20,7 @@ from cluster.memory import private_mb
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
 from cluster.telemetry import configure_logging
+from jobs import images
 from jobs.plan import DEFAULT_SHARD_IMAGES, Listing, Plan
 from jobs.shards import Progress, run
 from serve_app import dataset
@@ -42,7 +43,7 @@ def parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("input", metavar="INPUT", help="a folder of images, one image, or s3://BUCKET/PREFIX")
+    made.add_argument("input", metavar="INPUT", help=images.INPUT)
     made.add_argument("output", metavar="OUTPUT", help="the data set to write: a folder or s3://BUCKET/PREFIX")
     made.add_argument("--model", required=True, help="a model that the Serve app serves, e.g. nano or sam_vit_b")
     made.add_argument("--config", help="settings YAML, a path or s3://… (default: CELLRAY_CONFIG)")

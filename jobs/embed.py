@@ -12,10 +12,10 @@ import ray
 from cluster import memory
 from cluster.errors import CellrayError
 from cluster.settings import Settings
-from cluster.storage import File, Storage
+from cluster.storage import Storage
 from jobs import driver, images, replicas
 from jobs.driver import Job
-from jobs.images import ReadImage
+from jobs.images import Entry, ReadImage
 from jobs.plan import Listing, Plan
 from jobs.shards import Pipeline, Progress, measured
 from serve_app import contract, dataset
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(job: Job) -> int:
-    files = islice(images.find(job.storage, job.input), job.arguments.limit)
-    listing = Listing(files, job.arguments.shard_images)
+    entries = islice(images.find(job.storage, job.input), job.arguments.limit)
+    listing = Listing(entries, job.arguments.shard_images)
     info = replicas.connect(job.arguments.model)
     facts = {
         "input": job.input,
@@ -78,7 +78,7 @@ def _shard(
     batch: int,
     metadata: dict[str, str],
     index: int,
-    files: Sequence[File],
+    entries: Sequence[Entry],
 ) -> Iterator[Progress]:
     memory.give_back()
     storage, progress = Storage(settings.storage), Progress(index)
@@ -87,15 +87,15 @@ def _shard(
     def call(read: list[ReadImage]) -> list[np.ndarray | CellrayError]:
         return encode([one.image.pixels for one in read])
 
-    pipeline = Pipeline[File, ReadImage, np.ndarray](
-        read=lambda file: images.read(storage, file, info.image_size, settings.limits),
+    pipeline = Pipeline[Entry, ReadImage, np.ndarray](
+        read=lambda entry: images.read(storage, entry, info.image_size, settings.limits),
         call=call,
-        cost=lambda file: file.size + 3 * info.image_size**2,
+        cost=lambda entry: entry.cost + 3 * info.image_size**2,
         batch=batch,
         progress=progress,
     )
     with ShardWriter(storage, out, NAME, index, metadata) as writer:
-        for done in pipeline.run(files):
+        for done in pipeline.run(entries):
             progress.images += 1
             progress.bytes_read += done.source.size
             if isinstance(done.item, CellrayError):
@@ -104,7 +104,7 @@ def _shard(
             elif isinstance(done.result, np.ndarray):
                 made = embedding(done.item, done.result, info)
                 pooled = made.pooled(info.patch)
-                writer.add(dataset.EMBEDDINGS, dataset.embedding_row(made, done.source.uri, pooled))
+                writer.add(dataset.EMBEDDINGS, dataset.embedding_row(made, done.source.uri, pooled, done.source.key))
                 progress.encoder_calls += 1
             elif done.result is not None:
                 progress.errors += 1

@@ -137,7 +137,7 @@ def _folder(storage: Storage, uri: str, limits: Limits) -> Labels:
 
     labels = Labels(uri)
     with ThreadPoolExecutor(READERS) as pool:
-        for path, objects in pool.map(one, images.find(storage, uri)):
+        for path, objects in pool.map(one, images.files(storage, uri)):
             labels.by_name[path.stem].append((path, objects))
     return labels
 

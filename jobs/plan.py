@@ -11,7 +11,8 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from cluster.errors import Conflict
-from cluster.storage import File, Storage, mapped
+from cluster.storage import Storage, mapped
+from jobs.images import Entry
 from serve_app.dataset import MAX_RECORD_BYTES, MAX_ROWS_A_FILE, SCHEMA_VERSION, plan_uri
 
 DEFAULT_SHARD_IMAGES = 256
@@ -70,18 +71,18 @@ class Listing:
     """A job's images in their order, in shards: consecutive ones, the same whatever runs them. They are kept on disk,
     since there may be tens of millions.
 
-    images: how many. fingerprint: sha256 over their names and sizes, in order.
+    images: how many. fingerprint: sha256 over what is known of them, in order.
     """
 
-    def __init__(self, files: Iterable[File], shard_images: int) -> None:
+    def __init__(self, entries: Iterable[Entry], shard_images: int) -> None:
         self.shard_images = min(shard_images, MAX_ROWS_A_FILE)
         self.starts, self.images, digest = array("Q"), 0, hashlib.sha256()
         with mapped(tempfile.gettempdir()):
             self.lines = tempfile.TemporaryFile(prefix="cellray-listing-")  # noqa: SIM115
-            for file in files:
+            for entry in entries:
                 if self.images % self.shard_images == 0:
                     self.starts.append(self.lines.tell())
-                line = json.dumps(astuple(file)).encode() + b"\n"
+                line = json.dumps(astuple(entry)).encode() + b"\n"
                 digest.update(line)
                 self.lines.write(line)
                 self.images += 1
@@ -91,9 +92,9 @@ class Listing:
         """Shards."""
         return len(self.starts)
 
-    def shard(self, index: int) -> list[File]:
+    def shard(self, index: int) -> list[Entry]:
         self.lines.seek(self.starts[index])
-        return [File(*json.loads(self.lines.readline())) for _ in range(self.size(index))]
+        return [Entry(*json.loads(self.lines.readline())) for _ in range(self.size(index))]
 
     def size(self, index: int) -> int:
         """Images in a shard."""

@@ -16,11 +16,11 @@ import ray
 from cluster import memory
 from cluster.errors import CellrayError, InvalidInput, NotFound
 from cluster.settings import Settings
-from cluster.storage import File, Storage, absolute
+from cluster.storage import Storage, absolute
 from jobs import driver, images, prompts, replicas
 from jobs.driver import Job
 from jobs.embed import embedding
-from jobs.images import ReadImage
+from jobs.images import Entry, ReadImage
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
 from jobs.shards import Pipeline, Progress, measured
@@ -49,7 +49,7 @@ DEFAULT_GRID = 32
 class Source:
     """One image to segment: its prompts (None: the grid), and its embedding's (file, row) if that is stored."""
 
-    file: File
+    entry: Entry
     prompts: ImagePrompts | None
     stored: tuple[str, int] | None
 
@@ -82,17 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(job: Job) -> int:
     arguments = job.arguments
     options = _options(arguments)
-    files = images.find(job.storage, job.input)
+    entries = images.find(job.storage, job.input)
     table = prompts.read(job.storage, arguments.prompts, job.input) if arguments.prompts else None
     if table is not None:
-        files = _prompted(table, files, job)
-    listing = Listing(islice(files, arguments.limit), arguments.shard_images)
+        entries = _prompted(table, entries, job)
+    listing = Listing(islice(entries, arguments.limit), arguments.shard_images)
     info = replicas.connect(arguments.model)
     stored = _stored(job, info, listing) if arguments.embeddings else {}
 
     def sources(index: int) -> list[Source]:
-        files = listing.shard(index)
-        return [Source(file, table[file.uri] if table else None, stored.get(file.uri)) for file in files]
+        entries = listing.shard(index)
+        return [Source(entry, table[entry.uri] if table else None, stored.get(entry.uri)) for entry in entries]
 
     facts = {
         "input": job.input,
@@ -128,13 +128,13 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(False, grid, from_embeddings)
 
 
-def _prompted(table: dict[str, ImagePrompts], files: Iterator[File], job: Job) -> Iterator[File]:
+def _prompted(table: dict[str, ImagePrompts], entries: Iterator[Entry], job: Job) -> Iterator[Entry]:
     """Those with prompts. Raises InvalidInput where there are prompts for others, before the first of them."""
     strangers, chosen = set(table), []
-    for file in files:
-        if file.uri in table:
-            strangers.discard(file.uri)
-            chosen.append(file)
+    for entry in entries:
+        if entry.uri in table:
+            strangers.discard(entry.uri)
+            chosen.append(entry)
     if strangers:
         raise InvalidInput(
             f"{job.arguments.prompts} has prompts for {len(strangers)} images that are not under {job.input}, "
@@ -151,7 +151,7 @@ def _hash(table: dict[str, ImagePrompts]) -> str:
 def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, tuple[str, int]]:
     """Image URI → (embeddings file, row). Raises where nothing matches, or another encoder made the data set."""
     found = dataset.open(job.arguments.embeddings, job.storage)
-    wanted = {file.uri for index in range(len(listing)) for file in listing.shard(index)}
+    wanted = {entry.uri for index in range(len(listing)) for entry in listing.shard(index)}
     rows: dict[str, tuple[str, int]] = {}
     known = ""
     for uri, record in found.files(dataset.EMBEDDINGS):
@@ -188,7 +188,7 @@ class _Segmenter:
 
     def read(self, source: Source) -> Item:
         if not self.options.from_embeddings:
-            return source, images.read(self.storage, source.file, self.info.image_size, self.limits, self.options.grid)
+            return source, images.read(self.storage, source.entry, self.info.image_size, self.limits, self.options.grid)
         if source.stored is None:
             raise NotFound("its embedding is not in the data set: it failed there, or was added later")
         uri, row = source.stored
@@ -259,12 +259,12 @@ def _shard(
     views = len(crops((info.image_size, info.image_size), options.grid)) if options.grid else 1
     held = views * (3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape)))
     pipeline = Pipeline[Source, Item, Answer](
-        segmenter.read, segmenter.call, lambda source: source.file.size + held, batch, progress
+        segmenter.read, segmenter.call, lambda source: source.entry.cost + held, batch, progress
     )
     with ShardWriter(segmenter.storage, out, NAME, index, metadata) as writer:
         for done in pipeline.run(sources):
             progress.images += 1
-            uri = done.source.file.uri
+            uri = done.source.entry.uri
             if isinstance(done.item, tuple) and isinstance(done.item[1], ReadImage):
                 progress.encoder_calls += 1 + len(done.item[1].crops)
             if isinstance(done.item, CellrayError):

@@ -74,7 +74,7 @@ def _images(request: Request, storage: Storage) -> list[Found]:
         return contract.image_id(data), file.uri, (pixels.shape[0], pixels.shape[1]), file.uri, 0
 
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(one, images.find(storage, request.input)))
+        return list(pool.map(one, images.files(storage, request.input)))
 
 
 def matched(found: Labels, there: list[Found], request: Request) -> list[Labelled]:

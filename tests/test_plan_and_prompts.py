@@ -19,8 +19,9 @@ from PIL import Image
 
 from cluster.errors import CellrayError, Conflict, InvalidImage, InvalidInput, InvalidPrompt, NotFound, TooLarge
 from cluster.settings import Limits
-from cluster.storage import File, Storage, join
+from cluster.storage import Storage, join
 from jobs import images, prompts
+from jobs.images import Entry
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
 from serve_app.dataset import MAX_ROWS_A_FILE, plan_uri
@@ -110,8 +111,15 @@ def test_the_fingerprint_depends_on_the_job_and_not_on_order() -> None:
 
 
 def test_the_listings_fingerprint_depends_on_names_sizes_and_order() -> None:
-    files = [File("s3://in/ü 1.png", 1), File("s3://in/2.png", 2)]
-    others = files, files[::-1], files[:1], [files[0], File(files[1].uri, 3)], [files[0], File("s3://in/3.png", 2)], []
+    files = [Entry("s3://in/ü 1.png", 1), Entry("s3://in/2.png", 2)]
+    others = (
+        files,
+        files[::-1],
+        files[:1],
+        [files[0], Entry(files[1].uri, 3)],
+        [files[0], Entry("s3://in/3.png", 2)],
+        [],
+    )
     assert len({Listing(one, 8).fingerprint for one in others}) == 6
     assert Listing(files, 1).fingerprint == Listing(files, 8).fingerprint
 
@@ -119,12 +127,12 @@ def test_the_listings_fingerprint_depends_on_names_sizes_and_order() -> None:
 def test_a_file_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"1")
     listing = Listing(images.find(Storage(), str(tmp_path)), 8)
-    assert listing.shard(0) == [File(str(tmp_path / os.fsdecode(b"\xff.png")), 1)]
+    assert listing.shard(0) == [Entry(str(tmp_path / os.fsdecode(b"\xff.png")), 1)]
 
 
 @pytest.mark.parametrize(("count", "size", "expected"), [(0, 4, []), (4, 4, [4]), (9, 4, [4, 4, 1]), (3, 1, [1, 1, 1])])
 def test_shards_are_slices_of_the_listing(count: int, size: int, expected: list[int]) -> None:
-    files = [File(f"s3://in/line\nbreak {number}\udcff.png", number) for number in range(count)]
+    files = [Entry(f"s3://in/line\nbreak {number}\udcff.png", number) for number in range(count)]
     made = Listing(iter(files), size)
     shards = [made.shard(index) for index in range(len(made))]
     assert [len(one) for one in shards] == [made.size(index) for index in range(len(made))] == expected
@@ -134,7 +142,7 @@ def test_shards_are_slices_of_the_listing(count: int, size: int, expected: list[
 
 
 def test_a_shard_is_never_more_than_a_file_holds() -> None:
-    made = Listing((File(str(number), 1) for number in range(1000)), 9999)
+    made = Listing((Entry(str(number), 1) for number in range(1000)), 9999)
     assert [made.size(index) for index in range(len(made))] == [MAX_ROWS_A_FILE, 1000 - MAX_ROWS_A_FILE]
 
 
@@ -325,30 +333,11 @@ def png(width: int = 20, height: int = 10) -> bytes:
     return file.getvalue()
 
 
-def test_images_are_found_by_suffix(place: Place) -> None:
-    shown = ["a.png", "b.JPG", "c.d.tiff", "d/e.webp", "d/f g.Tif"]
-    for name in [*shown, "readme.txt", "png", "a.png.bak", ".h.png", "_x/i.png"]:
-        place.storage.publish(join(place.uri, name), b"1")
-    assert sorted(file.uri.removeprefix(place.uri + "/") for file in images.find(place.storage, place.uri)) == shown
-    (one,) = images.find(place.storage, join(place.uri, "a.png"))
-    assert one == File(join(place.uri, "a.png"), 1)
-
-
-def test_a_place_without_images_says_what_was_looked_for(place: Place) -> None:
-    place.storage.publish(join(place.uri, "d", "readme.txt"), b"1")
-    place.storage.publish(join(place.uri, "d", "notes.txt"), b"1")
-    for uri, others in ((place.uri, 2), (join(place.uri, "d", "notes.txt"), 1)):
-        with pytest.raises(NotFound, match=rf"no images under .*\({others} files with other names\).*\.png, \.jpg"):
-            list(images.find(place.storage, uri))
-    with pytest.raises(NotFound):
-        list(images.find(place.storage, join(place.uri, "none")))
-
-
 def test_an_image_is_read_to_pixels_and_identity(place: Place) -> None:
     content = png()
     uri = join(place.uri, "a b.png")
     place.storage.publish(uri, content)
-    read = images.read(place.storage, File(uri, len(content)), 256, Limits())
+    read = images.read(place.storage, Entry(uri, len(content)), 256, Limits())
     assert read.image_id == hashlib.sha256(content).hexdigest()
     assert read.image.original == (10, 20)
     assert read.image.input == (128, 256)
@@ -374,5 +363,5 @@ def test_a_bad_image_is_an_error_of_ours(
     if content is not None:
         Path(uri).write_bytes(content)
     with pytest.raises(kind) as caught:
-        images.read(Storage(), File(uri, 1), 256, limits)
+        images.read(Storage(), Entry(uri, 1), 256, limits)
     assert "\n" not in str(caught.value)
