@@ -135,6 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--config", help="settings YAML")
     show.set_defaults(run=_show)
 
+    verify = commands.add_parser(
+        "verify",
+        help="check every committed file of a data set",
+        description="Read a data set whole, and print a line for all that is wrong: files that differ from their "
+        "records, numbers that are not finite, images that are there twice, shards that are missing. Exit code: 0 "
+        "where it is whole, else 1.",
+    )
+    verify.add_argument("dataset", metavar="OUT", help="an output of the jobs, a folder or s3://…")
+    verify.add_argument("--config", help="settings YAML")
+    verify.set_defaults(run=_verify)
+
     for name, text in (
         ("serve", "start Ray and the app here, until Ctrl-C"),
         ("demo", "embed and segment real images"),
@@ -227,6 +238,24 @@ def _show(arguments: argparse.Namespace) -> int:
     page, picture = show.write(settings, arguments.dataset, arguments.to, arguments.images)
     print(f"{page}\n{picture}")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from cluster.storage import Storage
+    from jobs import verify
+    from serve_app import dataset
+
+    storage, faults = Storage(settings_module.load(arguments.config).storage), 0
+    found = dataset.open(arguments.dataset, storage)
+    with tqdm(total=found.bytes(), unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        for fault in verify.verify(found, bar.update):
+            bar.write(fault)
+            faults += 1
+    rows = ", ".join(f"{found.rows(name):,} {name}" for name in dataset.SCHEMAS)
+    print(f"{found.uri}: {rows} in {len(found.records)} shards, {faults or 'no'} faults")
+    return 1 if faults else 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:

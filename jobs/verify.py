@@ -1,0 +1,149 @@
+"""`cellray verify OUT`: every committed file against its record, and the whole against its plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.errors import CellrayError, NotFound
+from cluster.storage import Storage, join
+from jobs.plan import Plan
+from serve_app import dataset
+from serve_app.contract import DTYPE
+from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, Dataset, Record, ShardFile
+
+FILES_AT_ONCE = 4
+BATCH_ROWS = 4096
+NOTHING = np.zeros(0, np.uint64)
+KEYS = {EMBEDDINGS: ("image_uri",), MASKS: ("image_uri", "mask_index"), ERRORS: ("image_uri",)}  # once in a job's rows
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file: what is wrong with it, and a number for each of its rows by what may be there only once."""
+
+    path: str
+    faults: list[str]
+    rows: np.ndarray
+
+
+def verify(found: Dataset, done: Callable[[int], Any]) -> Iterator[str]:
+    """What is wrong with a data set, in words; nothing where it is whole. `done(bytes)` after each file.
+
+    Files: sha256, bytes, rows, the schema, the plan's fingerprint in the footer; embeddings of the stated shape and
+    finite. In all: no image twice, no shard missing, none of another plan.
+    """
+    storage, out = found.storage, found.uri
+    for job in dataset.JOBS:
+        records = [record for record in found.records if record.job == job]
+        yield from _against_plan(storage, out, job, records)
+        work = [(record, file) for record in records for file in record.files]
+        seen: dict[str, list[np.ndarray]] = {}
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            for (_, file), checked in zip(work, pool.map(lambda one: _check(storage, out, *one), work), strict=True):
+                yield from (f"{checked.path}: {fault}" for fault in checked.faults)
+                seen.setdefault(file.dataset, []).append(checked.rows)
+                done(file.bytes)
+        for name, parts in seen.items():
+            _, counts = np.unique(np.concatenate(parts), return_counts=True)
+            if more := int((counts - 1).sum()):
+                yield f"{name} of {job}: {more} rows are there twice, by {' and '.join(KEYS[name])}"
+        embedded, failed = (np.concatenate(seen.get(name, [NOTHING])) for name in (EMBEDDINGS, ERRORS))
+        if job == "embed" and (shared := len(np.intersect1d(embedded, failed))):
+            yield f"{shared} images have an embedding and an error"
+    kept = {file.path for record in found.records for file in record.files}
+    for name in dataset.SCHEMAS:
+        for stray in sorted(_paths(storage, out, name) - kept):
+            yield f"{stray}: in no record, so no reader sees it: left by a killed worker, or still being committed"
+
+
+def _paths(storage: Storage, out: str, name: str) -> set[str]:
+    try:
+        return {file.uri.removeprefix(out + "/") for file in storage.list(join(out, name))}
+    except NotFound:
+        return set()
+
+
+def _against_plan(storage: Storage, out: str, job: str, records: list[Record]) -> Iterator[str]:
+    uri = dataset.plan_uri(out, job)
+    if not storage.exists(uri):
+        if records:
+            yield f"{uri} is missing: {len(records)} shards of {job} belong to no plan"
+        return
+    try:
+        facts = json.loads(storage.read(uri, dataset.MAX_RECORD_BYTES))
+        shards = -(-facts["images"] // min(facts["shard_images"], dataset.MAX_ROWS_A_FILE))
+        own = {key: value for key, value in facts.items() if key not in ("job", "schema_version")}
+        fingerprint = Plan(job, own).fingerprint
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        yield f"{uri} is no plan of this version: {error}"
+        return
+    for record in records:
+        if record.fingerprint != fingerprint:
+            yield f"{dataset.record_uri(out, job, record.shard)} is of another plan ({record.fingerprint[:12]}…)"
+    missing = sorted(set(range(shards)) - {record.shard for record in records})
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
+        yield f"{job}: {len(missing)} of {shards} shards are not committed ({shown}): the same command goes on"
+
+
+def _check(storage: Storage, out: str, record: Record, file: ShardFile) -> Checked:
+    faults: list[str] = []
+    rows = NOTHING
+    try:
+        faults, rows = _contents(storage, join(out, file.path), record, file)
+    except (CellrayError, pa.ArrowException, OSError, ValueError, TypeError) as error:
+        faults = [f"cannot be read: {str(error) or type(error).__name__}"]
+    return Checked(file.path, faults, rows)
+
+
+def _contents(storage: Storage, uri: str, record: Record, file: ShardFile) -> tuple[list[str], np.ndarray]:
+    faults, keys = [], []
+    if (size := storage.size(uri)) != file.bytes:
+        return [f"has {size} bytes, {file.bytes} were committed"], NOTHING
+    if (digest := storage.sha256(uri)) != file.sha256:
+        return [f"has sha256 {digest[:12]}…, {file.sha256[:12]}… was committed"], NOTHING
+    with storage.open(uri) as raw:
+        parquet = pq.ParquetFile(raw)
+        schema = parquet.schema_arrow
+        if (schema.metadata or {}).get(b"cellray.fingerprint", b"").decode() != record.fingerprint:
+            faults.append("its footer names another plan")
+        if not schema.equals(dataset.SCHEMAS[file.dataset]):
+            return [*faults, f"its columns are not those of {file.dataset}"], NOTHING
+        if parquet.metadata.num_rows != file.rows:
+            faults.append(f"has {parquet.metadata.num_rows} rows, {file.rows} were committed")
+        ids: list[str] = []
+        wrong = 0
+        for batch in parquet.iter_batches(1 if file.dataset == EMBEDDINGS else BATCH_ROWS):
+            keys.append(_numbers(batch.column(name) for name in KEYS[file.dataset]))
+            if file.dataset == EMBEDDINGS:
+                ids += batch.column("embedding_id").to_pylist()
+                wrong += not _plausible(batch.to_pylist()[0])
+        if wrong:
+            faults.append(f"{wrong} embeddings are not finite {DTYPE} numbers of their shape")
+        if file.dataset == EMBEDDINGS and tuple(ids) != record.embedding_ids:
+            faults.append("its rows are not the record's embedding_ids")
+    return faults, np.concatenate(keys) if keys else NOTHING
+
+
+def _plausible(row: dict[str, Any]) -> bool:
+    content, shape = row["embedding"], row["shape"]
+    if row["dtype"] != DTYPE or not content or not shape or len(content) != 2 * int(np.prod(shape)):
+        return False
+    return bool(np.isfinite(np.frombuffer(content, "<f2")).all())
+
+
+def _numbers(columns: Iterable[pa.Array]) -> np.ndarray:
+    """Columns → [rows] uint64: rows of the same values have the same, others hardly ever (2^-64 for a pair)."""
+    texts = pc.binary_join_element_wise(*(column.cast(pa.string()) for column in columns), "\0")
+    digests = [hashlib.blake2b((text or "").encode(), digest_size=8).digest() for text in texts.to_pylist()]
+    return np.frombuffer(b"".join(digests), np.uint64)
