@@ -15,28 +15,30 @@ from typing import Any
 from tqdm import tqdm
 
 from cluster import settings as settings_module
-from cluster.errors import CellrayError, InvalidInput
+from cluster.errors import CellrayError, Conflict, InvalidInput
 from cluster.memory import private_mb
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
 from cluster.telemetry import configure_logging
-from jobs import images
+from jobs import images, plan
 from jobs.plan import DEFAULT_SHARD_IMAGES, Listing, Plan
 from jobs.shards import Progress, run
 from serve_app import dataset
 from serve_app.contract import ModelInfo
+from serve_app.dataset import Dataset
 
 EXIT_OK, EXIT_ERRORS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEFAULT_MAX_ERROR_RATE = 0.1
 LINE_EVERY_S = 10.0
 DEFAULT_PARALLEL = 2
 DEFAULT_BATCH = 8
+RETRY, UPDATE = "retry-errors", "update"  # why a plan has another generation
 
 log = logging.getLogger(__name__)
 
 
-def parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """Arguments that all jobs have."""
+def parser(name: str, description: str, epilog: str, update: bool = False) -> argparse.ArgumentParser:
+    """Arguments that all jobs have, and --update if the job has that."""
     made = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
         description=description,
@@ -55,6 +57,13 @@ def parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="exit with 1 if a greater share of the images failed (default: %(default)s)",
     )
+    again, made_of = made.add_mutually_exclusive_group(), {RETRY: "run again what failed"}
+    if update:
+        made_of[UPDATE] = "read all images again, and embed the new and the changed"
+    for mode, what in made_of.items():
+        again.add_argument(
+            f"--{mode}", dest="mode", action="store_const", const=mode, help=f"of an OUTPUT that is done: {what}"
+        )
     tuning = made.add_argument_group("tuning")
     tuning.add_argument(
         "--parallel",
@@ -132,6 +141,34 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def generation(job: Job) -> tuple[int, Dataset]:
+    """Which generation a job is, which after the first goes on from an output that is done; and what was before it.
+
+    Raises:
+        NotFound, InvalidInput: there is no such output. Conflict: it is not done, and not by such a job.
+    """
+    mode = job.arguments.mode
+    if mode is None:
+        return 0, Dataset(job.storage, job.output, ())
+    found = dataset.open(job.output, job.storage)
+    plans: list[dict[str, Any]] = []
+    while job.storage.exists(uri := dataset.plan_uri(job.output, job.name, len(plans))):
+        plans.append(plan.read(job.storage, uri))
+    if not plans:
+        raise InvalidInput(f"{job.output} holds no {job.name}: run it without --{mode} first")
+    records = [record for record in found.records if record.job == job.name]
+    last = len(plans) - 1
+    done, wanted = sum(record.generation == last for record in records), plan.shards(plans[last])
+    if done < wanted and plans[last].get("mode") != mode:
+        raise Conflict(
+            f"{job.output} is not done, {done} of {wanted} shards of generation {last} are committed: the command that "
+            f"began it goes on, then --{mode} can"
+        )
+    number = last if done < wanted else last + 1
+    before = tuple(record for record in records if record.generation < number)
+    return number, Dataset(job.storage, job.output, before)
+
+
 @dataclass(frozen=True)
 class Work:
     """What a job is to do: its `task` is called with `context`, the footers' metadata, a shard's index and what
@@ -147,11 +184,15 @@ class Work:
 def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) -> int:
     """Freeze the plan, run the shards that are not committed yet, report. Returns the exit code."""
     started = time.perf_counter()
-    plan, listing, images = work.plan, work.listing, work.listing.images
+    frozen, listing, images = work.plan, work.listing, work.listing.images
+    if frozen.generation and not images:
+        print(f"{job.name}: nothing to do in {job.output}", flush=True)
+        return EXIT_OK
     committed: dict[int, int] = {}  # shard: errors
-    if plan.freeze(job.storage, job.output):
+    if frozen.freeze(job.storage, job.output):
         records = dataset.records(job.output, job.storage)
-        committed = {record.shard: record.rows(dataset.ERRORS) for record in records if record.job == job.name}
+        ours = (record for record in records if (record.job, record.generation) == (job.name, frozen.generation))
+        committed = {record.shard: record.rows(dataset.ERRORS) for record in ours}
     left = [index for index in range(len(listing)) if index not in committed]
     before = sum(map(listing.size, committed))
     if before:
@@ -159,13 +200,14 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
     if not model.trained:
         print(f"{job.name}: model {model.name} is untrained: random weights, its numbers mean nothing", flush=True)
     metadata = {
-        "fingerprint": plan.fingerprint,
+        "fingerprint": frozen.fingerprint,
         "encoder_sha256": model.encoder_sha256,
         "model": model.name,
         "licence": model.licence,
         "trained": str(model.trained).lower(),
         "preprocess": model.preprocess,
         "compute_dtype": model.dtype,
+        "generation": str(frozen.generation),
     }
     reporter = _Reporter(job, images, before)
     try:
@@ -176,8 +218,10 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
     errors = sum(committed.values()) + sum(progress.errors for progress in latest)
     report = _report(job, images, before, errors, seconds, latest, reporter.memory_mb, replicas, model)
     job.storage.overwrite(join(job.output, f"_report-{job.name}.json"), json.dumps(report, indent=2).encode())
-    allowed = job.arguments.max_error_rate
-    failed = errors > allowed * images
+    allowed, whole = job.arguments.max_error_rate, images
+    if frozen.generation:
+        whole = max(images, plan.read(job.storage, dataset.plan_uri(job.output, job.name))["images"])
+    failed = errors > allowed * whole
     done = images - before
     rate = f", {done / seconds:.2f} img/s" if done else ""
     verdict = f"; more than the allowed share of {allowed:g}" if failed else ""
@@ -208,6 +252,7 @@ def _report(
         "images": images,
         "already_committed": before,
         "errors": errors,
+        "unchanged": total("unchanged"),
         "masks": total("masks"),
         "seconds": round(seconds, 2),
         "images_per_second": round((images - before) / seconds, 3),

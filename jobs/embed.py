@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -20,27 +21,48 @@ from jobs.plan import Listing, Plan
 from jobs.shards import Pipeline, Progress, measured
 from serve_app import contract, dataset
 from serve_app.contract import Embedding, ModelInfo
-from serve_app.dataset import ShardWriter
+from serve_app.dataset import Dataset, ShardWriter
 
 NAME = "embed"
 DESCRIPTION = """Run a model's image encoder over every image of INPUT and write the embeddings to OUTPUT.
 
 The images stream through the replicas of the Serve app, so the app must be running on the cluster (`make serve`, or
 `serve deploy`). A bad image becomes a row of OUTPUT/errors and the job goes on. Killed anywhere, the same command
-resumes; a different one on the same OUTPUT is refused."""
+resumes; a different one on the same OUTPUT is refused. When it is done, --retry-errors runs what failed, and --update
+what was added or changed; readers then see the newer rows of an image in place of the older."""
 EPILOG = """examples:
   python -m jobs.embed ~/plates out --model nano
   ray job submit -- python -m jobs.embed s3://in/plates s3://out/plates --model sam_vit_b --parallel 8
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An image to embed; and the id of its content when it was last embedded, for it to be passed over if it is that
+    still."""
+
+    entry: Entry
+    image_id: str | None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return driver.main(NAME, driver.parser(NAME, DESCRIPTION, EPILOG), _run, argv)
+    return driver.main(NAME, driver.parser(NAME, DESCRIPTION, EPILOG, update=True), _run, argv)
 
 
 def _run(job: Job) -> int:
-    entries = islice(images.find(job.storage, job.input), job.arguments.limit)
-    listing = Listing(entries, job.arguments.shard_images)
+    generation, before = driver.generation(job)
+    entries = images.find(job.storage, job.input)
+    if job.arguments.mode == driver.RETRY:
+        entries = failed(before, entries)
+    listing = Listing(islice(entries, job.arguments.limit), job.arguments.shard_images)
+    known: dict[str, str] = {}
+    if job.arguments.mode == driver.UPDATE:
+        rows = before.table(dataset.EMBEDDINGS, ["image_uri", "image_id"])
+        known = dict(zip(rows["image_uri"].to_pylist(), rows["image_id"].to_pylist(), strict=True))
+
+    def sources(index: int) -> list[Source]:
+        return [Source(entry, known.get(entry.uri)) for entry in listing.shard(index)]
+
     info = replicas.connect(job.arguments.model)
     facts = {
         "input": job.input,
@@ -52,10 +74,17 @@ def _run(job: Job) -> int:
         "preprocess": info.preprocess,
         "dtype": contract.DTYPE,
         "compute_dtype": info.dtype,
+        "mode": job.arguments.mode,
     }
     context = (job.settings, job.output, info, job.arguments.batch)
-    work = driver.Work(Plan(NAME, facts), listing, listing.shard, _shard, context)
+    work = driver.Work(Plan(NAME, facts, generation), listing, sources, _shard, context)
     return driver.execute(job, work, info, replicas.running(info.name))
+
+
+def failed(before: Dataset, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Those that have an error in a data set."""
+    errors = set(before.table(dataset.ERRORS, ["image_uri"])["image_uri"].to_pylist())
+    return (entry for entry in entries if dataset.printable(entry.uri) in errors)
 
 
 def embedding(read: ReadImage, array: np.ndarray, info: ModelInfo) -> Embedding:
@@ -78,37 +107,50 @@ def _shard(
     batch: int,
     metadata: dict[str, str],
     index: int,
-    entries: Sequence[Entry],
+    sources: Sequence[Source],
 ) -> Iterator[Progress]:
     memory.give_back()
     storage, progress = Storage(settings.storage), Progress(index)
     encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
 
-    def call(read: list[ReadImage]) -> list[np.ndarray | CellrayError]:
-        return encode([one.image.pixels for one in read])
+    def read(source: Source) -> ReadImage | None:
+        data = images.content(storage, source.entry, settings.limits.image_bytes)
+        if source.image_id == contract.image_id(data):
+            return None
+        return images.prepared(data, info.image_size, settings.limits)
 
-    pipeline = Pipeline[Entry, ReadImage, np.ndarray](
-        read=lambda entry: images.read(storage, entry, info.image_size, settings.limits),
+    def call(read: list[ReadImage | None]) -> list[np.ndarray | CellrayError | None]:
+        fresh = [one.image.pixels for one in read if one is not None]
+        arrays = iter(encode(fresh) if fresh else [])
+        return [None if one is None else next(arrays) for one in read]
+
+    pipeline = Pipeline[Source, ReadImage | None, np.ndarray | None](
+        read=read,
         call=call,
-        cost=lambda entry: entry.cost + 3 * info.image_size**2,
+        cost=lambda source: source.entry.cost + 3 * info.image_size**2,
         batch=batch,
         progress=progress,
     )
     with ShardWriter(storage, out, NAME, index, metadata) as writer:
-        for done in pipeline.run(entries):
+        for done in pipeline.run(sources):
             progress.images += 1
-            progress.bytes_read += done.source.size
+            entry = done.source.entry
+            progress.bytes_read += entry.size
+            if done.item is None:
+                progress.unchanged += 1
+            else:
+                writer.supersede(entry.uri)
             if isinstance(done.item, CellrayError):
                 progress.errors += 1
-                writer.add(dataset.ERRORS, dataset.error_row(done.source.uri, "read", done.item))
-            elif isinstance(done.result, np.ndarray):
-                made = embedding(done.item, done.result, info)
-                pooled = made.pooled(info.patch)
-                writer.add(dataset.EMBEDDINGS, dataset.embedding_row(made, done.source.uri, pooled, done.source.key))
-                progress.encoder_calls += 1
-            elif done.result is not None:
+                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "read", done.item))
+            elif isinstance(done.result, CellrayError):
                 progress.errors += 1
-                writer.add(dataset.ERRORS, dataset.error_row(done.source.uri, "encode", done.result))
+                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "encode", done.result))
+            elif done.item is not None and done.result is not None:
+                made = embedding(done.item, done.result, info)
+                row = dataset.embedding_row(made, entry.uri, made.pooled(info.patch), entry.key)
+                writer.add(dataset.EMBEDDINGS, row)
+                progress.encoder_calls += 1
             if progress.images % batch == 0:
                 yield measured(progress)
         record = writer.commit()

@@ -128,7 +128,11 @@ def read(storage: Storage, entry: Entry, image_size: int, limits: Limits, grid: 
     Raises:
         InvalidImage and its kinds: the row for `errors`. NotFound, Forbidden, Unavailable: the storage's.
     """
-    data = content(storage, entry, limits.image_bytes)
+    return prepared(content(storage, entry, limits.image_bytes), image_size, limits, grid)
+
+
+def prepared(data: bytes, image_size: int, limits: Limits, grid: GridOptions | None = None) -> ReadImage:
+    """`read`, from an image's file in memory."""
     pixels = preprocess.decode(data, limits.image_pixels)
     parts = crops((pixels.shape[0], pixels.shape[1]), grid)[1:] if grid else []
     cut = tuple(crop.cut(pixels, image_size) for crop in parts)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -16,14 +16,17 @@ from jobs.images import Entry
 from serve_app.dataset import MAX_RECORD_BYTES, MAX_ROWS_A_FILE, SCHEMA_VERSION, plan_uri
 
 DEFAULT_SHARD_IMAGES = 256
+ITS_OWN = ("generation", "mode", "listing", "images", "shard_images")  # facts in which a later generation may differ
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`facts` is everything that decides the rows; two plans with equal facts write the same shards."""
+    """`facts` is everything that decides the rows; two plans with equal facts write the same shards. A `generation`
+    after the first is a plan of its own in the same output."""
 
     job: str
     facts: dict[str, Any]
+    generation: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -31,15 +34,19 @@ class Plan:
 
     def _canonical(self) -> bytes:
         facts = {"job": self.job, "schema_version": SCHEMA_VERSION, **self.facts}
+        facts |= {"generation": self.generation} if self.generation else {}
         return json.dumps(facts, sort_keys=True).encode()
 
     def freeze(self, storage: Storage, out: str) -> bool:
         """Write the plan into `out`, or find it there; True if it was there: the job resumes.
 
         Raises:
-            Conflict: another plan is there; says what differs.
+            Conflict: another plan is there, or one of a first generation that was about something else; says what
+                differs.
         """
-        uri = plan_uri(out, self.job)
+        if self.generation:
+            self._compare(storage, plan_uri(out, self.job), out, ITS_OWN)
+        uri = plan_uri(out, self.job, self.generation)
         if storage.exists(uri):
             self._compare(storage, uri, out)
             return True
@@ -50,16 +57,28 @@ class Plan:
             return True
         return False
 
-    def _compare(self, storage: Storage, uri: str, out: str) -> None:
-        try:
-            there = dict(json.loads(storage.read(uri, MAX_RECORD_BYTES)) or [0])
-        except (ValueError, TypeError) as error:
-            raise Conflict(f"{uri} is no plan of this version: {error}") from error
+    def _compare(self, storage: Storage, uri: str, out: str, but: Container[str] = ()) -> None:
+        there = read(storage, uri)
         ours = json.loads(self._canonical())
-        if there != ours:
-            keys = [key for key in sorted(there | ours) if there.get(key) != ours.get(key)]
+        if keys := [key for key in sorted(there | ours) if key not in but and there.get(key) != ours.get(key)]:
             found = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(ours.get(key))} here" for key in keys)
-            raise Conflict(f"{out} holds another {self.job} ({found}). Choose another output, or the same arguments")
+            added = "; --update adds what is new in the input, once it is done" if "listing" in keys else ""
+            raise Conflict(
+                f"{out} holds another {self.job} ({found}). Choose another output, or the same arguments{added}"
+            )
+
+
+def read(storage: Storage, uri: str) -> dict[str, Any]:
+    """A plan's facts. Raises Conflict where it is none."""
+    try:
+        return dict(json.loads(storage.read(uri, MAX_RECORD_BYTES)) or [0])
+    except (ValueError, TypeError) as error:
+        raise Conflict(f"{uri} is no plan of this version: {error}") from error
+
+
+def shards(facts: dict[str, Any]) -> int:
+    """How many a plan has."""
+    return -(-facts["images"] // min(facts["shard_images"], MAX_ROWS_A_FILE))
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ from cluster.settings import Settings
 from cluster.storage import Storage, absolute
 from jobs import driver, images, prompts, replicas
 from jobs.driver import Job
-from jobs.embed import embedding
+from jobs.embed import embedding, failed
 from jobs.images import Entry, ReadImage
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
@@ -82,10 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(job: Job) -> int:
     arguments = job.arguments
     options = _options(arguments)
+    generation, before = driver.generation(job)
     entries = images.find(job.storage, job.input)
     table = prompts.read(job.storage, arguments.prompts, job.input) if arguments.prompts else None
     if table is not None:
         entries = _prompted(table, entries, job)
+    if arguments.mode == driver.RETRY:
+        entries = failed(before, entries)
     listing = Listing(islice(entries, arguments.limit), arguments.shard_images)
     info = replicas.connect(arguments.model)
     stored = _stored(job, info, listing) if arguments.embeddings else {}
@@ -108,9 +111,10 @@ def _run(job: Job) -> int:
         "prompts": _hash(table) if table is not None else None,
         "multimask": options.multimask,
         "grid": asdict(options.grid) if options.grid else None,
+        "mode": arguments.mode,
     }
     context = (job.settings, job.output, info, arguments.batch, options)
-    work = driver.Work(Plan(NAME, facts), listing, sources, _shard, context)
+    work = driver.Work(Plan(NAME, facts, generation), listing, sources, _shard, context)
     return driver.execute(job, work, info, replicas.running(info.name))
 
 
@@ -160,9 +164,10 @@ def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, tuple[str,
                 f"{found.uri} was made by another encoder ({record.encoder_sha256[:12]}…) than that of {info.name} "
                 f"({info.encoder_sha256[:12]}…): embed the images with {info.name} first"
             )
-        for row, image_uri in enumerate(found.read(uri, ["image_uri"])["image_uri"].to_pylist()):
+        names = found.read(uri, ["image_uri"])["image_uri"].to_pylist()
+        for row, (image_uri, stands) in enumerate(zip(names, found.stands(record, names), strict=True)):
             known = image_uri
-            if image_uri in wanted:
+            if stands and image_uri in wanted:
                 rows[image_uri] = uri, row
     if not rows:
         example = f"its images are like {known}" if known else "it holds no embeddings"
@@ -265,6 +270,7 @@ def _shard(
         for done in pipeline.run(sources):
             progress.images += 1
             uri = done.source.entry.uri
+            writer.supersede(uri)
             if isinstance(done.item, tuple) and isinstance(done.item[1], ReadImage):
                 progress.encoder_calls += 1 + len(done.item[1].crops)
             if isinstance(done.item, CellrayError):

@@ -42,6 +42,7 @@ class Progress:
     shard: int
     images: int = 0
     errors: int = 0
+    unchanged: int = 0
     masks: int = 0
     bytes_read: int = 0
     bytes_written: int = 0

@@ -60,8 +60,10 @@ def _embeddings(request: Request, storage: Storage, card: ModelCard) -> list[Fou
                 f"({card.encoder_sha256[:12]}…): embed the images with {request.model} first"
             )
         table = data.read(uri, ["image_id", "image_uri", "height", "width"]).to_pylist()
-        for row, one in enumerate(table):
-            rows.append((one["image_id"], one["image_uri"], (one["height"], one["width"]), uri, row))
+        stands = data.stands(record, [one["image_uri"] for one in table])
+        for row, (one, current) in enumerate(zip(table, stands, strict=True)):
+            if current:
+                rows.append((one["image_id"], one["image_uri"], (one["height"], one["width"]), uri, row))
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import CellrayError, NotFound
 from cluster.storage import Storage, join
-from jobs.plan import Plan
+from jobs import plan
 from serve_app import dataset
 from serve_app.contract import DTYPE
 from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, Dataset, Record, ShardFile
@@ -29,7 +28,7 @@ KEYS = {EMBEDDINGS: ("image_uri",), MASKS: ("image_uri", "mask_index"), ERRORS: 
 
 @dataclass(frozen=True)
 class Checked:
-    """A file: what is wrong with it, and a number for each of its rows by what may be there only once."""
+    """A file: what is wrong with it, and for each of its rows that stand a number, by what may be there only once."""
 
     path: str
     faults: list[str]
@@ -45,11 +44,14 @@ def verify(found: Dataset, done: Callable[[int], Any]) -> Iterator[str]:
     storage, out = found.storage, found.uri
     for job in dataset.JOBS:
         records = [record for record in found.records if record.job == job]
-        yield from _against_plan(storage, out, job, records)
+        generation, last = 0, max((record.generation for record in records), default=0)
+        while generation <= last or storage.exists(dataset.plan_uri(out, job, generation)):
+            yield from _against_plan(found, job, generation)
+            generation += 1
         work = [(record, file) for record in records for file in record.files]
         seen: dict[str, list[np.ndarray]] = {}
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            for (_, file), checked in zip(work, pool.map(lambda one: _check(storage, out, *one), work), strict=True):
+            for (_, file), checked in zip(work, pool.map(lambda one: _check(found, *one), work), strict=True):
                 yield from (f"{checked.path}: {fault}" for fault in checked.faults)
                 seen.setdefault(file.dataset, []).append(checked.rows)
                 done(file.bytes)
@@ -73,41 +75,41 @@ def _paths(storage: Storage, out: str, name: str) -> set[str]:
         return set()
 
 
-def _against_plan(storage: Storage, out: str, job: str, records: list[Record]) -> Iterator[str]:
-    uri = dataset.plan_uri(out, job)
-    if not storage.exists(uri):
+def _against_plan(found: Dataset, job: str, generation: int) -> Iterator[str]:
+    records = [record for record in found.records if (record.job, record.generation) == (job, generation)]
+    uri = dataset.plan_uri(found.uri, job, generation)
+    if not found.storage.exists(uri):
         if records:
             yield f"{uri} is missing: {len(records)} shards of {job} belong to no plan"
         return
     try:
-        facts = json.loads(storage.read(uri, dataset.MAX_RECORD_BYTES))
-        shards = -(-facts["images"] // min(facts["shard_images"], dataset.MAX_ROWS_A_FILE))
-        own = {key: value for key, value in facts.items() if key not in ("job", "schema_version")}
-        fingerprint = Plan(job, own).fingerprint
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        facts = plan.read(found.storage, uri)
+        shards = plan.shards(facts)
+        own = {key: value for key, value in facts.items() if key not in ("job", "schema_version", "generation")}
+        fingerprint = plan.Plan(job, own, generation).fingerprint
+    except (CellrayError, TypeError, KeyError) as error:
         yield f"{uri} is no plan of this version: {error}"
         return
     for record in records:
         if record.fingerprint != fingerprint:
-            yield f"{dataset.record_uri(out, job, record.shard)} is of another plan ({record.fingerprint[:12]}…)"
+            named = dataset.record_uri(found.uri, job, record.shard, generation)
+            yield f"{named} is of another plan ({record.fingerprint[:12]}…)"
     missing = sorted(set(range(shards)) - {record.shard for record in records})
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
         yield f"{job}: {len(missing)} of {shards} shards are not committed ({shown}): the same command goes on"
 
 
-def _check(storage: Storage, out: str, record: Record, file: ShardFile) -> Checked:
-    faults: list[str] = []
-    rows = NOTHING
+def _check(found: Dataset, record: Record, file: ShardFile) -> Checked:
     try:
-        faults, rows = _contents(storage, join(out, file.path), record, file)
+        faults, rows = _contents(found, record, file)
     except (CellrayError, pa.ArrowException, OSError, ValueError, TypeError) as error:
-        faults = [f"cannot be read: {str(error) or type(error).__name__}"]
+        faults, rows = [f"cannot be read: {str(error) or type(error).__name__}"], NOTHING
     return Checked(file.path, faults, rows)
 
 
-def _contents(storage: Storage, uri: str, record: Record, file: ShardFile) -> tuple[list[str], np.ndarray]:
-    faults, keys = [], []
+def _contents(found: Dataset, record: Record, file: ShardFile) -> tuple[list[str], np.ndarray]:
+    faults, numbers, storage, uri = [], [NOTHING], found.storage, join(found.uri, file.path)
     if (size := storage.size(uri)) != file.bytes:
         return [f"has {size} bytes, {file.bytes} were committed"], NOTHING
     if (digest := storage.sha256(uri)) != file.sha256:
@@ -124,7 +126,8 @@ def _contents(storage: Storage, uri: str, record: Record, file: ShardFile) -> tu
         ids: list[str] = []
         wrong = 0
         for batch in parquet.iter_batches(1 if file.dataset == EMBEDDINGS else BATCH_ROWS):
-            keys.append(_numbers(batch.column(name) for name in KEYS[file.dataset]))
+            stands = found.stands(record, batch.column("image_uri").to_pylist())
+            numbers.append(_numbers(batch.column(name) for name in KEYS[file.dataset])[stands])
             if file.dataset == EMBEDDINGS:
                 ids += batch.column("embedding_id").to_pylist()
                 wrong += not _plausible(batch.to_pylist()[0])
@@ -132,7 +135,7 @@ def _contents(storage: Storage, uri: str, record: Record, file: ShardFile) -> tu
             faults.append(f"{wrong} embeddings are not finite {DTYPE} numbers of their shape")
         if file.dataset == EMBEDDINGS and tuple(ids) != record.embedding_ids:
             faults.append("its rows are not the record's embedding_ids")
-    return faults, np.concatenate(keys) if keys else NOTHING
+    return faults, np.concatenate(numbers)
 
 
 def _plausible(row: dict[str, Any]) -> bool:

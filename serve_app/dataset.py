@@ -2,11 +2,17 @@
 
     OUT/embeddings/*.parquet  OUT/masks/*.parquet  OUT/errors/*.parquet  OUT/_records/*.json  OUT/_plan-JOB-000.json
 
-A shard's files are published first, its record last; what has no record does not exist for a reader. In one DuckDB
-statement, the committed rows of a data set are
+A shard's files are published first, its record last; what has no record does not exist for a reader. The next
+generation of a job (_plan-JOB-001.json) takes the place of what its images had before: `supersedes` names them. In one
+DuckDB statement, the committed rows of a data set are
 
-    SELECT e.* EXCLUDE (filename) FROM read_parquet('OUT/embeddings/*.parquet', filename = true) e
-    WHERE parse_path(filename)[-2:] IN (SELECT parse_path(unnest(files).path) FROM read_json('OUT/_records/*.json'))
+    WITH records AS (FROM read_json('OUT/_records/*.json', columns = {job: 'VARCHAR', generation: 'INT',
+                     files: 'STRUCT(path VARCHAR)[]', supersedes: 'VARCHAR[]'})),
+    files AS (SELECT job, generation, parse_path(unnest(files).path) AS path FROM records),
+    newer AS (SELECT job, generation, unnest(supersedes) AS image FROM records)
+    SELECT e.* EXCLUDE (filename)
+    FROM read_parquet('OUT/embeddings/*.parquet', filename = true) e JOIN files f ON parse_path(filename)[-2:] = f.path
+    ANTI JOIN newer n ON n.image = e.image_uri AND n.job = f.job AND n.generation > f.generation
 """
 
 from __future__ import annotations
@@ -15,9 +21,10 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,13 +162,18 @@ def mask_rows(
 
 def error_row(image_uri: str, stage: str, error: Exception, attempt: int = 1) -> pa.Table:
     row = {
-        "image_uri": image_uri.encode(errors="backslashreplace").decode(),
+        "image_uri": printable(image_uri),
         "stage": stage,
         "error_type": type(error).__name__,
         "message": str(error),
         "attempt": str(attempt),
     }
     return pa.Table.from_pylist([row], SCHEMAS[ERRORS])
+
+
+def printable(uri: str) -> str:
+    """An image's URI as rows have it: a file's name may be no text."""
+    return uri.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,8 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Record:
-    """What makes a shard exist. `embedding_ids` are those of its embeddings file, in row order."""
+    """What makes a shard exist. `embedding_ids` are those of its embeddings file, in row order; `supersedes` are the
+    URIs of the images whose rows of earlier generations it takes the place of."""
 
     job: str
     generation: int
@@ -186,6 +199,7 @@ class Record:
     encoder_sha256: str
     files: tuple[ShardFile, ...]
     embedding_ids: tuple[str, ...] = ()
+    supersedes: tuple[str, ...] = ()
 
     def rows(self, dataset: str) -> int:
         return sum(file.rows for file in self.files if file.dataset == dataset)
@@ -200,7 +214,8 @@ class Record:
             if (version := values.pop("schema_version")) != SCHEMA_VERSION:
                 raise ValueError(f"its version is {version}, not {SCHEMA_VERSION}")
             values["files"] = tuple(ShardFile(**file) for file in values["files"])
-            values["embedding_ids"] = tuple(values["embedding_ids"])
+            for name in ("embedding_ids", "supersedes"):
+                values[name] = tuple(values[name])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"{uri} is no commit record of this version: {error}") from error
@@ -210,14 +225,16 @@ class ShardWriter:
     """Collects one shard's rows in local files, a row or an image at a time, then commits them. Use it in a `with`."""
 
     def __init__(self, storage: Storage, out: str, job: str, shard: int, metadata: dict[str, str]) -> None:
-        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`."""
+        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`; `generation`, if not 0."""
         self.storage, self.out, self.job, self.shard = storage, out, job, shard
+        self.generation = int(metadata.get("generation", 0))
         self.metadata = {"schema_version": SCHEMA_VERSION, "job": job, "shard": str(shard), **metadata}
         self.folder = Path(tempfile.mkdtemp(prefix="cellray-shard-"))
         self.writers: dict[str, pq.ParquetWriter] = {}
         self.waiting: dict[str, list[pa.Table]] = {}
         self.rows: dict[str, int] = {}
         self.embedding_ids: list[str] = []
+        self.supersedes: list[str] = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -242,6 +259,11 @@ class ShardWriter:
         self.waiting[dataset].append(table)
         if sum(map(len, self.waiting[dataset])) >= MASK_ROW_GROUP:
             self._flush(dataset)
+
+    def supersede(self, image_uri: str) -> None:
+        """What earlier generations have of an image ends with this shard, whether or not it has rows of it."""
+        if self.generation:
+            self.supersedes.append(printable(image_uri))
 
     def _open(self, dataset: str) -> pq.ParquetWriter:
         schema = SCHEMAS[dataset]
@@ -271,17 +293,18 @@ class ShardWriter:
         for dataset, writer in self.writers.items():
             self._flush(dataset)
             writer.close()
-            files.append(self._publish(dataset, f"{dataset}/{self.job}-000-{self.shard:06d}.parquet"))
+            files.append(self._publish(dataset, f"{dataset}/{self.job}-{self.generation:03d}-{self.shard:06d}.parquet"))
         record = Record(
             job=self.job,
-            generation=0,
+            generation=self.generation,
             shard=self.shard,
             fingerprint=self.metadata["fingerprint"],
             encoder_sha256=self.metadata["encoder_sha256"],
             files=tuple(files),
             embedding_ids=tuple(self.embedding_ids),
+            supersedes=tuple(self.supersedes),
         )
-        uri = record_uri(self.out, self.job, self.shard)
+        uri = record_uri(self.out, self.job, self.shard, self.generation)
         try:
             self.storage.publish(uri, record.to_json())
         except Conflict:
@@ -332,8 +355,8 @@ def _identity(file: IO[bytes]) -> tuple[bytes | None, str]:
     return metadata.get(b"cellray.fingerprint"), hashlib.sha256(rows).hexdigest()[:12]
 
 
-def record_uri(out: str, job: str, shard: int) -> str:
-    return join(out, "_records", f"{job}-000-{shard:06d}.json")
+def record_uri(out: str, job: str, shard: int, generation: int = 0) -> str:
+    return join(out, "_records", f"{job}-{generation:03d}-{shard:06d}.json")
 
 
 def read_record(storage: Storage, uri: str) -> Record:
@@ -348,6 +371,16 @@ class Dataset:
     uri: str
     records: tuple[Record, ...]
 
+    @cached_property
+    def newest(self) -> dict[tuple[str, str], int]:
+        """(job, image URI) → the last generation that has something of an image, where that is not the first."""
+        records = sorted(self.records, key=lambda record: record.generation)
+        return {(record.job, uri): record.generation for record in records for uri in record.supersedes}
+
+    def stands(self, record: Record, images: Sequence[str]) -> list[bool]:
+        """Of images in one of a record's files, whether their rows there are the last word on them."""
+        return [self.newest.get((record.job, uri), 0) <= record.generation for uri in images]
+
     def files(self, name: str) -> list[tuple[str, Record]]:
         """(URI, record) of each committed file of `embeddings`, `masks` or `errors`."""
         return [(join(self.uri, f.path), record) for record in self.records for f in record.files if f.dataset == name]
@@ -359,9 +392,14 @@ class Dataset:
         return sum(file.bytes for record in self.records for file in record.files)
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """All committed rows of these columns, in memory: leave `embedding` out where there are many."""
+        """All rows that stand, of these columns, in memory: leave `embedding` out where there are many."""
         chosen = columns or SCHEMAS[name].names
-        tables = [self.read(uri, chosen) for uri, _ in self.files(name)]
+        tables = []
+        for uri, record in self.files(name):
+            found = self.read(uri, list(dict.fromkeys([*chosen, "image_uri"])))
+            if self.newest:
+                found = found.filter(pa.array(self.stands(record, found["image_uri"].to_pylist()), pa.bool_()))
+            tables.append(found.select(chosen))
         if tables:
             return pa.concat_tables(tables)
         return pa.schema([SCHEMAS[name].field(column) for column in chosen]).empty_table()
@@ -406,5 +444,5 @@ def records(uri: str, storage: Storage) -> Iterator[Record]:
             yield from pool.map(lambda one: read_record(storage, one), listed[start : start + RECORDS_AT_ONCE])
 
 
-def plan_uri(out: str, job: str) -> str:
-    return join(out, f"_plan-{job}-000.json")
+def plan_uri(out: str, job: str, generation: int = 0) -> str:
+    return join(out, f"_plan-{job}-{generation:03d}.json")

@@ -468,12 +468,35 @@ def test_others_read_the_masks_and_errors(published: str, reader: str) -> None:
 
 def committed(out: str, name: str) -> list[dict[str, Any]]:
     """The statement of the module's docstring, as it stands there."""
-    statement = re.search(r"SELECT .*\)\n", dataset.__doc__ or "", re.DOTALL)
+    statement = re.search(r"WITH records .*f.generation\n", dataset.__doc__ or "", re.DOTALL)
     assert statement
     text = statement.group().replace("OUT/embeddings", f"{out}/{name}").replace("OUT", out)
     with duckdb.connect() as connection:
         found = connection.sql(text)
         return [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+
+
+def test_a_later_generations_rows_take_the_place_of_older_ones(place: Place) -> None:
+    write(place.storage, place.uri, 0, embeddings=range(3), errors=[8, 9])
+    with ShardWriter(place.storage, place.uri, "embed", 0, METADATA | {"generation": "1"}) as writer:
+        add_embeddings(writer, [8])
+        add_errors(writer, [1])
+        for number in (8, 1):
+            writer.supersede(uri_of(number))
+        record = writer.commit()
+    assert (record.generation, record.supersedes) == (1, (uri_of(8), uri_of(1)))
+    assert [file.path for file in record.files] == [f"{name}/embed-001-000000.parquet" for name in (EMBEDDINGS, ERRORS)]
+    found = dataset.open(place.uri, place.storage)
+    for name, expected in ((EMBEDDINGS, [0, 2, 8]), (ERRORS, [9, 1])):
+        assert found.table(name, ["image_uri"])["image_uri"].to_pylist() == [uri_of(number) for number in expected]
+        if not place.uri.startswith("s3:"):
+            assert {row["image_uri"] for row in committed(place.uri, name)} == {uri_of(number) for number in expected}
+    assert found.table(ERRORS, ["stage"]).column_names == ["stage"]
+    with ShardWriter(place.storage, place.uri, "segment", 0, METADATA) as writer:
+        add_embeddings(writer, [1])  # another job's rows are its own
+        writer.supersede(uri_of(1))
+        assert writer.commit().supersedes == ()
+    assert len(dataset.open(place.uri, place.storage).table(EMBEDDINGS, ["image_uri"])) == 4
 
 
 @pytest.mark.parametrize("name", [EMBEDDINGS, MASKS, ERRORS])

@@ -21,9 +21,10 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from PIL import Image
 
 from cluster import settings
-from jobs import embed, replicas, segment
+from jobs import cli, embed, replicas, segment
 from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -255,6 +256,51 @@ def test_ctrl_c_keeps_what_is_committed_and_the_same_command_ends_it(
     errors = found.table(dataset.ERRORS, ["image_uri"])["image_uri"].to_pylist()
     assert len(set(images)) + len(errors) == 40
     assert report(tmp_path / "out", "segment")["already_committed"] >= 8
+
+
+def test_what_failed_is_run_again_and_what_is_new_is_added(
+    app: App, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+
+    def put(name: str, level: int) -> None:
+        Image.fromarray(np.full((30, 40), level, np.uint8)).save(source / name)
+
+    def rows(name: str) -> list[str]:
+        found = dataset.open(str(out)).table(name, ["image_uri"])["image_uri"].to_pylist()
+        return sorted(Path(uri).name for uri in found)
+
+    for number in range(4):
+        put(f"{number}.png", 10 * number)
+    (source / "bad.png").write_bytes(b"no image")
+    assert run(embed, app, source, out, "--retry-errors") == 1
+    assert "is no data set" in capsys.readouterr().err
+    assert run(embed, app, source, out, "--max-error-rate", 0.5) == 0
+    put("bad.png", 200)
+    put("new.png", 210)
+    assert run(segment, app, source, out, "--retry-errors", *GRID) == 2
+    assert "holds no segment: run it without --retry-errors first" in capsys.readouterr().err
+    assert run(embed, app, source, out, "--retry-errors") == 0
+    assert (report(out, "embed")["images"], report(out, "embed")["encoder_calls"]) == (1, 1)
+    assert rows(dataset.EMBEDDINGS) == ["0.png", "1.png", "2.png", "3.png", "bad.png"]
+    assert rows(dataset.ERRORS) == []
+    assert run(embed, app, source, out, "--retry-errors") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run(embed, app, source, out) == 1
+    assert "--update adds what is new" in capsys.readouterr().err
+    before = (source / "1.png").stat().st_size
+    put("1.png", 77)
+    assert (source / "1.png").stat().st_size == before  # seen by its content alone
+    (source / "2.png").write_bytes(b"no image any more")
+    assert run(embed, app, source, out, "--update", "--max-error-rate", 0.5) == 0
+    said = report(out, "embed")
+    assert [said[name] for name in ("images", "unchanged", "encoder_calls", "errors")] == [6, 3, 2, 1]
+    assert rows(dataset.EMBEDDINGS) == ["0.png", "1.png", "3.png", "bad.png", "new.png"]
+    assert rows(dataset.ERRORS) == ["2.png"]
+    assert run(segment, app, source, out, "--embeddings", out, "--max-error-rate", 0.5, *GRID) == 0
+    assert set(rows(dataset.MASKS)) == {"0.png", "1.png", "3.png", "bad.png", "new.png"}
+    assert cli.main(["verify", str(out)]) == 0
 
 
 def test_too_many_errors_is_exit_code_one(

@@ -90,6 +90,18 @@ def test_another_driver_that_was_faster(place: Place, monkeypatch: pytest.Monkey
         Plan("embed", FACTS | {"images": 4}).freeze(place.storage, place.uri)
 
 
+def test_a_later_generation_is_about_the_same(place: Place) -> None:
+    Plan("embed", FACTS).freeze(place.storage, place.uri)
+    own = {"listing": "3" * 64, "images": 1, "shard_images": 8, "mode": "update"}
+    assert not Plan("embed", FACTS | own, 1).freeze(place.storage, place.uri)
+    assert Plan("embed", FACTS | own, 1).freeze(place.storage, place.uri)
+    assert Plan("embed", FACTS).freeze(place.storage, place.uri)
+    with pytest.raises(Conflict, match="model: nano there, sam_vit_b here"):
+        Plan("embed", FACTS | own | {"model": "sam_vit_b"}, 2).freeze(place.storage, place.uri)
+    with pytest.raises(Conflict, match="images: 1 there, 2 here"):
+        Plan("embed", FACTS | own | {"images": 2}, 1).freeze(place.storage, place.uri)
+
+
 @pytest.mark.parametrize("text", [b"", b"[]"])
 def test_a_damaged_plan_is_named(tmp_path: Path, text: bytes) -> None:
     Storage().publish(plan_uri(str(tmp_path), "embed"), text)

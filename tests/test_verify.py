@@ -24,8 +24,18 @@ PLAN = Plan("embed", {"images": 5, "shard_images": 3})
 METADATA = {"fingerprint": PLAN.fingerprint, "encoder_sha256": "e" * 64, "model": "nano", "trained": "true"}
 
 
-def write(place: Place, shard: int, numbers: Any, failed: Any = (), value: float = 1.0, **metadata: str) -> None:
+def write(
+    place: Place,
+    shard: int,
+    numbers: Any,
+    failed: Any = (),
+    value: float = 1.0,
+    replacing: bool = True,
+    **metadata: str,
+) -> None:
     with ShardWriter(place.storage, place.uri, "embed", shard, METADATA | metadata) as writer:
+        for number in [*numbers, *failed] if replacing else []:
+            writer.supersede(f"/x/{number}.png")
         for number in numbers:
             array = np.full((4, 2, 2), value, np.float16)
             made = Embedding(f"id-{number}", f"image-{number}", "nano", "e" * 64, (60, 80), (192, 256), array)
@@ -132,6 +142,24 @@ def test_files_in_no_record(whole: Place) -> None:
     replaced(whole, "embeddings/embed-000-000007.parquet", b"a killed worker's")
     (fault,) = faults(whole)
     assert fault.startswith("embeddings/embed-000-000007.parquet: in no record")
+
+
+def test_a_later_generation(whole: Place) -> None:
+    again = Plan("embed", {"images": 2, "shard_images": 3, "mode": "update"}, 1)
+    again.freeze(whole.storage, whole.uri)
+    assert "1 of 1 shards are not committed" in faults(whole)[0]
+    write(whole, 0, [4, 0], fingerprint=again.fingerprint, generation="1")
+    assert faults(whole) == []
+
+
+def test_a_later_generation_that_takes_the_place_of_nothing(whole: Place) -> None:
+    again = Plan("embed", {"images": 2, "shard_images": 3, "mode": "update"}, 1)
+    again.freeze(whole.storage, whole.uri)
+    write(whole, 0, [4, 0], replacing=False, fingerprint=again.fingerprint, generation="1")
+    assert faults(whole) == [
+        "embeddings of embed: 1 rows are there twice, by image_uri",
+        "1 images have an embedding and an error",
+    ]
 
 
 def test_a_plan_that_is_gone_or_damaged(whole: Place) -> None:
