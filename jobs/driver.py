@@ -20,7 +20,7 @@ from cluster.memory import private_mb
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute, join
 from cluster.telemetry import configure_logging
-from jobs import images, plan
+from jobs import estimate, images, plan
 from jobs.plan import DEFAULT_SHARD_IMAGES, Listing, Plan
 from jobs.shards import Progress, run
 from serve_app import dataset
@@ -64,6 +64,8 @@ def parser(name: str, description: str, epilog: str, update: bool = False) -> ar
         again.add_argument(
             f"--{mode}", dest="mode", action="store_const", const=mode, help=f"of an OUTPUT that is done: {what}"
         )
+    made.add_argument("--dry-run", action="store_true", help="only say what it would read, write, take and cost")
+    made.add_argument("--price-per-gpu-hour", type=float, metavar="DOLLARS", help="of a replica, for --dry-run")
     tuning = made.add_argument_group("tuning")
     tuning.add_argument(
         "--parallel",
@@ -171,8 +173,8 @@ def generation(job: Job) -> tuple[int, Dataset]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a job is to do: its `task` is called with `context`, the footers' metadata, a shard's index and what
-    `sources` gives for it."""
+    """What a job is to do: its `task` is called with the settings, OUTPUT, `context`, the footers' metadata, a shard's
+    index and what `sources` gives for it."""
 
     plan: Plan
     listing: Listing
@@ -188,6 +190,19 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
     if frozen.generation and not images:
         print(f"{job.name}: nothing to do in {job.output}", flush=True)
         return EXIT_OK
+    metadata = {
+        "fingerprint": frozen.fingerprint,
+        "encoder_sha256": model.encoder_sha256,
+        "model": model.name,
+        "licence": model.licence,
+        "trained": str(model.trained).lower(),
+        "preprocess": model.preprocess,
+        "compute_dtype": model.dtype,
+        "generation": str(frozen.generation),
+    }
+    if job.arguments.dry_run:
+        _estimate(job, work, (job.settings, "", *work.context, metadata), replicas)
+        return EXIT_OK
     committed: dict[int, int] = {}  # shard: errors
     if frozen.freeze(job.storage, job.output):
         records = dataset.records(job.output, job.storage)
@@ -199,19 +214,10 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
         print(f"{job.name}: resuming, {before} of {images} images are committed", flush=True)
     if not model.trained:
         print(f"{job.name}: model {model.name} is untrained: random weights, its numbers mean nothing", flush=True)
-    metadata = {
-        "fingerprint": frozen.fingerprint,
-        "encoder_sha256": model.encoder_sha256,
-        "model": model.name,
-        "licence": model.licence,
-        "trained": str(model.trained).lower(),
-        "preprocess": model.preprocess,
-        "compute_dtype": model.dtype,
-        "generation": str(frozen.generation),
-    }
     reporter = _Reporter(job, images, before)
     try:
-        latest = run(work.task, (*work.context, metadata), left, work.sources, job.arguments.parallel, reporter)
+        arguments = (job.settings, job.output, *work.context, metadata)
+        latest = run(work.task, arguments, left, work.sources, job.arguments.parallel, reporter)
     finally:
         reporter.close()
     seconds = time.perf_counter() - started
@@ -227,6 +233,16 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
     verdict = f"; more than the allowed share of {allowed:g}" if failed else ""
     print(f"{job.name}: {images} images, {errors} errors in {seconds:.1f} s{rate}; {job.output}{verdict}", flush=True)
     return EXIT_ERRORS if failed else EXIT_OK
+
+
+def _estimate(job: Job, work: Work, arguments: tuple[Any, ...], replicas: dict[str, int]) -> None:
+    listing = work.listing
+    chosen = estimate.spread(job.arguments.parallel, len(listing))
+    rate = estimate.measure(work.task, arguments, [work.sources(index)[: estimate.SAMPLE] for index in chosen])
+    some = [listing.entry(index) for index in estimate.spread(estimate.HEADERS, listing.images)]
+    shapes = estimate.sizes(job.storage, some, job.settings.limits)
+    price = job.arguments.price_per_gpu_hour
+    print("\n".join(estimate.lines(listing, shapes, rate, replicas, price)), flush=True)
 
 
 def _report(

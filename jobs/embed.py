@@ -76,7 +76,7 @@ def _run(job: Job) -> int:
         "compute_dtype": info.dtype,
         "mode": job.arguments.mode,
     }
-    context = (job.settings, job.output, info, job.arguments.batch)
+    context = (info, job.arguments.batch)
     work = driver.Work(Plan(NAME, facts, generation), listing, sources, _shard, context)
     return driver.execute(job, work, info, replicas.running(info.name))
 

@@ -90,12 +90,12 @@ class Listing:
     """A job's images in their order, in shards: consecutive ones, the same whatever runs them. They are kept on disk,
     since there may be tens of millions.
 
-    images: how many. fingerprint: sha256 over what is known of them, in order.
+    images: how many. bytes: of those whose size is known. fingerprint: sha256 over what is known of them, in order.
     """
 
     def __init__(self, entries: Iterable[Entry], shard_images: int) -> None:
         self.shard_images = min(shard_images, MAX_ROWS_A_FILE)
-        self.starts, self.images, digest = array("Q"), 0, hashlib.sha256()
+        self.starts, self.images, self.bytes, digest = array("Q"), 0, 0, hashlib.sha256()
         with mapped(tempfile.gettempdir()):
             self.lines = tempfile.TemporaryFile(prefix="cellray-listing-")  # noqa: SIM115
             for entry in entries:
@@ -105,6 +105,7 @@ class Listing:
                 digest.update(line)
                 self.lines.write(line)
                 self.images += 1
+                self.bytes += entry.size
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -114,6 +115,10 @@ class Listing:
     def shard(self, index: int) -> list[Entry]:
         self.lines.seek(self.starts[index])
         return [Entry(*json.loads(self.lines.readline())) for _ in range(self.size(index))]
+
+    def entry(self, index: int) -> Entry:
+        """One image, by its number in the whole."""
+        return self.shard(index // self.shard_images)[index % self.shard_images]
 
     def size(self, index: int) -> int:
         """Images in a shard."""

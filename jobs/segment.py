@@ -113,7 +113,7 @@ def _run(job: Job) -> int:
         "grid": asdict(options.grid) if options.grid else None,
         "mode": arguments.mode,
     }
-    context = (job.settings, job.output, info, arguments.batch, options)
+    context = (info, arguments.batch, options)
     work = driver.Work(Plan(NAME, facts, generation), listing, sources, _shard, context)
     return driver.execute(job, work, info, replicas.running(info.name))
 

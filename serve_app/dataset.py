@@ -225,7 +225,8 @@ class ShardWriter:
     """Collects one shard's rows in local files, a row or an image at a time, then commits them. Use it in a `with`."""
 
     def __init__(self, storage: Storage, out: str, job: str, shard: int, metadata: dict[str, str]) -> None:
-        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`; `generation`, if not 0."""
+        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`; `generation`, if not 0.
+        Without an `out` nothing is published."""
         self.storage, self.out, self.job, self.shard = storage, out, job, shard
         self.generation = int(metadata.get("generation", 0))
         self.metadata = {"schema_version": SCHEMA_VERSION, "job": job, "shard": str(shard), **metadata}
@@ -304,6 +305,8 @@ class ShardWriter:
             embedding_ids=tuple(self.embedding_ids),
             supersedes=tuple(self.supersedes),
         )
+        if not self.out:
+            return record
         uri = record_uri(self.out, self.job, self.shard, self.generation)
         try:
             self.storage.publish(uri, record.to_json())
@@ -319,7 +322,8 @@ class ShardWriter:
         beside other rows, as where an image failed that now did not, ours stand under a name of their own."""
         uri, local, rows = join(self.out, path), self.folder / f"{dataset}.parquet", self.rows[dataset]
         try:
-            self.storage.publish(uri, local)
+            if self.out:
+                self.storage.publish(uri, local)
         except Conflict:
             with self.storage.open(uri) as theirs, local.open("rb") as ours:
                 plan, own = _identity(ours)

@@ -24,7 +24,7 @@ import s3fs
 from PIL import Image
 
 from cluster import settings
-from jobs import cli, embed, replicas, segment
+from jobs import cli, embed, estimate, replicas, segment
 from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -256,6 +256,23 @@ def test_ctrl_c_keeps_what_is_committed_and_the_same_command_ends_it(
     errors = found.table(dataset.ERRORS, ["image_uri"])["image_uri"].to_pylist()
     assert len(set(images)) + len(errors) == 40
     assert report(tmp_path / "out", "segment")["already_committed"] >= 8
+
+
+def test_a_dry_run_writes_nothing(
+    app: App, embedded: str, sample_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--dry-run", "--price-per-gpu-hour", 3, "--shard-images", 8]
+    assert run(embed, app, sample_images, tmp_path / "out", *asked) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == ["images", "input", "sizes", "output", "rate", "time", "cost"]
+    files = [path for path in sample_images.rglob("*") if path.is_file()]
+    assert said["images"].startswith(f"{len(files)} in {-(-len(files) // 8)} shards of at most 8")
+    assert said["input"] == estimate.amount(sum(path.stat().st_size for path in files))
+    assert "nano-encoder × 1, nano-decoder × 1" in said["rate"]
+    assert "per 1,000 images, at $3 an hour" in said["cost"]
+    assert run(segment, app, sample_images, tmp_path / "out", "--embeddings", embedded, *asked[:1], *GRID) == 0
+    assert " masks an image" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_failed_is_run_again_and_what_is_new_is_added(

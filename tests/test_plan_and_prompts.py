@@ -20,7 +20,7 @@ from PIL import Image
 from cluster.errors import CellrayError, Conflict, InvalidImage, InvalidInput, InvalidPrompt, NotFound, TooLarge
 from cluster.settings import Limits
 from cluster.storage import Storage, join
-from jobs import images, prompts
+from jobs import estimate, images, prompts
 from jobs.images import Entry
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
@@ -150,6 +150,8 @@ def test_shards_are_slices_of_the_listing(count: int, size: int, expected: list[
     assert [len(one) for one in shards] == [made.size(index) for index in range(len(made))] == expected
     assert [file for one in shards for file in one] == files
     assert made.images == count
+    assert [made.entry(number) for number in range(count)] == files
+    assert made.bytes == sum(range(count))
     assert [made.shard(index) for index in reversed(range(len(made)))] == shards[::-1]
 
 
@@ -377,3 +379,37 @@ def test_a_bad_image_is_an_error_of_ours(
     with pytest.raises(kind) as caught:
         images.read(Storage(), Entry(uri, 1), 256, limits)
     assert "\n" not in str(caught.value)
+
+
+# Estimates
+
+
+def test_a_sample_is_spread_over_the_whole() -> None:
+    assert [estimate.spread(*each) for each in ((3, 9), (5, 2), (1, 100), (4, 0))] == [[0, 3, 6], [0, 1], [0], []]
+
+
+@pytest.mark.parametrize(("size", "said"), [(0, "0 bytes"), (999, "999 bytes"), (2_097_152, "2.1 MB"), (2e12, "2 TB")])
+def test_amounts_are_in_the_unit_for_them(size: float, said: str) -> None:
+    assert estimate.amount(size) == said
+
+
+def test_an_estimate_in_words() -> None:
+    listing = Listing((Entry(f"/x/{number}.png", 1_000_000) for number in range(10_000)), 256)
+    rate = estimate.Rate(images=64, errors=1, masks=640, bytes_written=64 * 2_000_000, images_per_second=20.0)
+    shapes = [(2000, 1000), (100, 100), (512, 512)]
+    assert estimate.lines(listing, shapes, rate, {"nano-encoder": 4}, 3.0) == [
+        "images     10,000 in 40 shards of at most 256",
+        "input      10 GB",
+        "sizes      100 × 100 to 2000 × 1000 px, median 512 × 512, by 3 headers",
+        "output     about 20 GB: 2 MB and 10.0 masks an image",
+        "rate       20.00 img/s on 64 images, 1 of them errors, with nano-encoder × 4",
+        "time       about 8 min at that rate; more replicas take less",
+        "cost       $1.67, $0.167 per 1,000 images, at $3 an hour for each replica",
+    ]
+
+
+def test_sizes_are_those_of_the_headers(place: Place) -> None:
+    for name, content in (("a.png", png(40, 30)), ("b.png", b"no image"), ("c.png", png(20, 10))):
+        place.storage.publish(join(place.uri, name), content)
+    entries = [*images.find(place.storage, place.uri), Entry(join(place.uri, "none.png"), 1)]
+    assert estimate.sizes(place.storage, entries, Limits()) == [(40, 30), (20, 10)]
