@@ -146,6 +146,20 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--config", help="settings YAML")
     verify.set_defaults(run=_verify)
 
+    export = commands.add_parser(
+        "export",
+        help="write a data set's masks for other tools",
+        description="Write the masks of a data set as one COCO file of instances, or as label images: a TIFF an image, "
+        "0 for background, and where masks overlap the smallest of them.",
+        epilog="examples:\n  cellray export out --to coco masks.json\n  cellray export s3://b/out --to labels ~/labels",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("dataset", metavar="OUT", help="an output of jobs.segment, a folder or s3://…")
+    export.add_argument("--to", choices=("coco", "labels"), required=True)
+    export.add_argument("target", metavar="TARGET", help="the file, or the folder, to write; may be s3://…")
+    export.add_argument("--config", help="settings YAML")
+    export.set_defaults(run=_export)
+
     for name, text in (
         ("serve", "start Ray and the app here, until Ctrl-C"),
         ("demo", "embed and segment real images"),
@@ -256,6 +270,21 @@ def _verify(arguments: argparse.Namespace) -> int:
     rows = ", ".join(f"{found.rows(name):,} {name}" for name in dataset.SCHEMAS)
     print(f"{found.uri}: {rows} in {len(found.records)} shards, {faults or 'no'} faults")
     return 1 if faults else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from cluster.storage import Storage
+    from jobs import export
+    from serve_app import dataset
+
+    found = dataset.open(arguments.dataset, Storage(settings_module.load(arguments.config).storage))
+    write = export.coco if arguments.to == "coco" else export.labels
+    with tqdm(total=len(export.uris(found)), unit="image", desc="export", disable=None) as bar:
+        count = write(found, arguments.target, bar.update)
+    print(f"{count:,} images to {arguments.target}")
+    return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:

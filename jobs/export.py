@@ -1,0 +1,136 @@
+"""`cellray export OUT --to coco|labels`: masks as other tools read them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from cluster.errors import NotFound
+from cluster.storage import absolute, join, mapped
+from serve_app.dataset import EMBEDDINGS, MASKS, Dataset
+from serve_app.model import masks
+
+CATEGORY = {"id": 1, "name": "object"}
+COLUMNS = ["image_uri", "image_id", "mask_index", "segmentation", "bbox", "area", "predicted_iou", "stability_score"]
+Row = dict[str, Any]
+
+
+class Names:
+    """Images' names relative to the last folder that all of them are in; what is in another file is below its name."""
+
+    def __init__(self, uris: list[str]) -> None:
+        plain = [uri.replace("#", "/") for uri in uris]
+        base = os.path.commonpath([os.path.dirname(uri) for uri in plain]) if plain else ""
+        relative = (uri[len(base) :].lstrip("/") for uri in plain)
+        self.names = dict(zip(uris, relative, strict=True))
+        self.stems = Counter(map(self.stem, uris))
+
+    def __getitem__(self, uri: str) -> str:
+        return self.names[uri]
+
+    def stem(self, uri: str) -> str:
+        return os.path.splitext(self.names[uri])[0]
+
+    def with_suffix(self, uri: str, suffix: str) -> str:
+        """With another suffix; after its own, where images differ in that alone."""
+        stem = self.stem(uri)
+        return (self.names[uri] if self.stems[stem] > 1 else stem) + suffix
+
+
+def coco(found: Dataset, to: str, done: Callable[[], Any]) -> int:
+    """Write one COCO file of instances, `to`; → how many images. `done()` after each.
+
+    Images without any mask are in it too, where their embeddings are in the data set. Raises NotFound: no masks.
+    Conflict: there is another file.
+    """
+    names, count, annotation = Names(uris(found)), 0, 0
+    with (
+        mapped(tempfile.gettempdir()),
+        tempfile.TemporaryFile("w+") as images,
+        tempfile.NamedTemporaryFile("w+") as out,
+    ):
+        out.write(json.dumps({"categories": [CATEGORY]})[:-1] + ', "annotations": [')
+        for uri, (height, width), rows in _images(found):
+            about = {"id": count, "file_name": names[uri], "width": width, "height": height, "image_uri": uri}
+            images.write((", " if count else "") + json.dumps(about))
+            for row in rows:
+                made = {
+                    "id": annotation,
+                    "image_id": count,
+                    "category_id": CATEGORY["id"],
+                    "segmentation": row["segmentation"],
+                    "bbox": row["bbox"],
+                    "area": row["area"],
+                    "iscrowd": 0,
+                    "score": row["predicted_iou"],
+                    "stability_score": row["stability_score"],
+                }
+                out.write((", " if annotation else "") + json.dumps(made))
+                annotation += 1
+            count += 1
+            done()
+        out.write('], "images": [')
+        images.seek(0)
+        shutil.copyfileobj(images, out)
+        out.write("]}")
+        out.flush()
+        found.storage.publish(absolute(to), Path(out.name))
+    return count
+
+
+def labels(found: Dataset, to: str, done: Callable[[], Any]) -> int:
+    """Write a TIFF an image into the folder `to`: 0, and mask_index + 1 of the smallest mask at each pixel; → images.
+
+    uint16, or uint32 from 65,535 masks on. Raises NotFound: no masks. Conflict: there is another file of that name.
+    """
+    names, count = Names(uris(found)), 0
+    for uri, size, rows in _images(found):
+        most = max((row["mask_index"] for row in rows), default=0) + 1
+        plane = np.zeros(size, np.uint16 if most < 1 << 16 else np.uint32)
+        for row in sorted(rows, key=lambda row: -row["area"]):
+            (mask,) = masks.decode([row["segmentation"]["counts"]], size)
+            plane[mask] = row["mask_index"] + 1
+        content = io.BytesIO()
+        tifffile.imwrite(content, plane, compression="zlib", metadata=None, software=False)
+        found.storage.publish(join(absolute(to), names.with_suffix(uri, ".tif")), content.getvalue())
+        count += 1
+        done()
+    return count
+
+
+def uris(found: Dataset) -> list[str]:
+    """The images that an export has: those with masks or an embedding. Raises NotFound: none has masks."""
+    segmented = found.table(MASKS, ["image_uri"])["image_uri"].unique().to_pylist()
+    if not segmented:
+        raise NotFound(f"{found.uri} holds no masks: run jobs.segment first")
+    return list(dict.fromkeys(segmented + found.table(EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()))
+
+
+def _images(found: Dataset) -> Iterator[tuple[str, tuple[int, int], list[Row]]]:
+    """(URI, (height, width), masks) of each image, a shard of them in memory at a time."""
+    seen: set[str] = set()
+    for name, columns in ((MASKS, COLUMNS), (EMBEDDINGS, ["image_uri", "height", "width"])):
+        for file, record in found.files(name):
+            rows = found.read(file, columns).to_pylist()
+            by_image: dict[str, list[Row]] = {}
+            for row, stands in zip(rows, found.stands(record, [row["image_uri"] for row in rows]), strict=True):
+                if stands and row["image_uri"] not in seen:
+                    by_image.setdefault(row["image_uri"], []).append(row)
+            seen |= by_image.keys()
+            for uri, own in by_image.items():
+                first = own[0]
+                if name == MASKS:
+                    height, width = first["segmentation"]["size"]
+                    yield uri, (height, width), own
+                else:
+                    yield uri, (first["height"], first["width"]), []
