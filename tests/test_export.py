@@ -124,7 +124,7 @@ def test_nothing_is_overwritten(filled: Place, tmp_path: Path) -> None:
 
 def test_without_masks_there_is_nothing_to_export(place: Place, tmp_path: Path) -> None:
     write(place, "embed", [(EMBEDDINGS, dataset.embedding_row(made(EMPTY), EMPTY, np.zeros(4, np.float32)))])
-    with pytest.raises(NotFound, match="run jobs.segment first"):
+    with pytest.raises(NotFound, match=r"run jobs\.segment first"):
         export.labels(dataset.open(place.uri, place.storage), str(tmp_path), lambda: None)
 
 
