@@ -27,8 +27,8 @@ FIELD_PX = 512
 FIRST_SEED = 1_000_000  # of synthetic fields to train on; those below are never trained on
 VALIDATION_SEED, VALIDATION_FIELDS = 900_000, 24
 SYNTHETIC_EPOCH = 1000  # images
-EASY, EASY_FIELDS = "nuclei", 600  # of a training's first fields ever fewer are of this kind alone: where objects and
-# background differ least from image to image an encoder learns to look; from all kinds at once, only to fill boxes
+EASY, EASY_FIELDS = "nuclei", 600  # from scratch, ever fewer of the first fields are of this kind alone: where objects
+# and background differ least from image to image an encoder learns to look; from all kinds at once, only to fill boxes
 FIELDS_HELD, CROPS_A_FIELD = 24, 16  # a field is read once for several crops, of which neighbours in time are few
 SMALL_WINDOWS = 0.75  # of the training, in which most windows are a half of the input: four times as fast
 LEAST_LOGITS = 16.0  # that an object covers in a crop: of smaller ones nothing is learnt
@@ -123,12 +123,12 @@ class Generated:
 
     epoch, kept, complete = SYNTHETIC_EPOCH, VALIDATION_FIELDS, True
 
-    def __init__(self, seed: int) -> None:
-        self.first = FIRST_SEED * (1 + seed)
+    def __init__(self, seed: int, scratch: bool = False) -> None:
+        self.first, self.scratch = FIRST_SEED * (1 + seed), scratch
 
     def train(self, number: int) -> LabelledImage:
         seed = self.first + number
-        easy = np.random.default_rng(seed).random() * EASY_FIELDS >= number
+        easy = self.scratch and np.random.default_rng(seed).random() * EASY_FIELDS >= number
         return _generated(seed, FIELD_PX, EASY if easy else None)
 
     def validate(self, number: int) -> LabelledImage:

@@ -30,7 +30,7 @@ def source(request: Request, card: ModelCard) -> tuple[Source, str]:
     unit = sizes.patch * max(1, sizes.window)
     crops = partial(Images, image_size=sizes.image_size, patch=sizes.patch, unit=unit, seed=seed)
     if request.input == SYNTHETIC:
-        made = Generated(seed)
+        made = Generated(seed, scratch=not card.trained)
         return crops(made), f"{SYNTHETIC} fields, {made.kept} for validation"
     storage = Storage(request.settings.storage)
     found = labels.read(storage, str(request.masks), limits)

@@ -18,7 +18,7 @@ from PIL import Image
 from cluster.errors import Diverged, InvalidInput, NotFound, Unavailable
 from cluster.settings import Limits, Settings
 from cluster.storage import Storage
-from jobs import curves, embed, finetune, labels, segment, training_source
+from jobs import curves, embed, finetune, labels, segment, training_data, training_source
 from jobs.training_data import Clock, Generated, Images, held_out
 from jobs.training_loop import Request, Told, Training
 from serve_app import contract, dataset, models
@@ -325,6 +325,16 @@ def test_synthetic_batches_are_a_function_of_seed_and_step() -> None:
         assert (a.background + a.masks.max(0) <= training_samples.SUBSAMPLES**2).all()
     trained = {sample.image_id for step in range(3) for sample in one.batch(step, 2, 1.0)}
     assert not trained & {sample.image_id for sample in one.held(0, 2)}
+
+
+def test_from_scratch_ever_fewer_fields_are_easy_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_data, "_generated", lambda seed, side, kind=None: kind)
+    kinds = [Generated(3, scratch=True).train(number) for number in range(2 * training_data.EASY_FIELDS)]
+    shares = [kinds[start : start + 200].count(training_data.EASY) / 200 for start in range(0, 1200, 200)]
+    assert shares[0] > 0.75
+    assert shares[0] > shares[1] > shares[2] > 0.05
+    assert shares[3:] == [0, 0, 0]
+    assert not any(Generated(3).train(number) for number in range(200))
 
 
 def test_a_share_of_the_images_is_held_out_for_good() -> None:

@@ -22,8 +22,8 @@ from serve_app.model.losses import LOSSES, iou, mask_loss
 from serve_app.model.training_network import Network, Place
 from serve_app.model.training_samples import NOWHERE, DrawnPrompts, Sample
 
-BALANCED = 0.4  # of the training, in which object and background weigh more alike than they are large, less and less;
-# only after it are there corrections, and clicks beside the objects
+BALANCED = 0.4  # of a training from scratch: until then object and background weigh more alike than they are large,
+# less and less, and there are no corrections, nor clicks beside the objects
 BOXES = 2 / 3  # of the images; the others' objects get a click
 MOST_SEEDS = 1009  # a step: one for what its images share, and one an image
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.999), 0.02, 1.0
@@ -78,6 +78,7 @@ class Trainer:
         plan.check()
         self.plan, self.group, self.step_count, self.balance = plan, group, 0, 0.0
         self.network = Network(folder, plan.encoder, plan.seed, device, dtype)
+        self.scratch = plan.encoder and not self.network.card.trained
         self.trained = {name: self.network.state[name] for name in self.network.working}
         decayed = [weight for name, weight in self.trained.items() if weight.dim() > 1 and "embed" not in name]
         others = [weight for name, weight in self.trained.items() if weight.dim() < 2 or "embed" in name]
@@ -96,7 +97,7 @@ class Trainer:
             self.step_count += 1
             return Outcome(math.nan, math.nan, math.nan)
         self._seed(0)
-        self.balance = max(0.0, 1 - progress / BALANCED) if self.plan.encoder else 0.0
+        self.balance = max(0.0, 1 - progress / BALANCED) if self.scratch else 0.0
         for parameter in self.network.working.values():
             parameter.grad = None
         sizes = self.network.card.architecture
