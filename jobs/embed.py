@@ -18,7 +18,7 @@ from jobs import driver, images, replicas
 from jobs.driver import Job
 from jobs.images import Entry, ReadImage
 from jobs.plan import Listing, Plan
-from jobs.shards import Pipeline, Progress, measured
+from jobs.shards import Pipeline, Progress, measured, sound
 from serve_app import contract, dataset
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.dataset import Dataset, ShardWriter
@@ -108,12 +108,14 @@ def _shard(
     metadata: dict[str, str],
     index: int,
     sources: Sequence[Source],
+    poisoned: frozenset[str],
 ) -> Iterator[Progress]:
     memory.give_back()
     storage, progress = Storage(settings.storage), Progress(index)
     encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
 
     def read(source: Source) -> ReadImage | None:
+        sound(source.entry, poisoned)
         data = images.content(storage, source.entry, settings.limits.image_bytes)
         if source.image_id == contract.image_id(data):
             return None

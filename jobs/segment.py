@@ -23,7 +23,7 @@ from jobs.embed import embedding, failed
 from jobs.images import Entry, ReadImage
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
-from jobs.shards import Pipeline, Progress, measured
+from jobs.shards import Pipeline, Progress, measured, sound
 from serve_app import dataset
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.dataset import ShardWriter
@@ -257,14 +257,20 @@ def _shard(
     metadata: dict[str, str],
     index: int,
     sources: Sequence[Source],
+    poisoned: frozenset[str],
 ) -> Iterator[Progress]:
     memory.give_back()
     progress = Progress(index)
     segmenter = _Segmenter(settings, info, batch, options)
     views = len(crops((info.image_size, info.image_size), options.grid)) if options.grid else 1
     held = views * (3 * info.image_size**2 + 2 * int(np.prod(info.embedding_shape)))
+
+    def read(source: Source) -> Item:
+        sound(source.entry, poisoned)
+        return segmenter.read(source)
+
     pipeline = Pipeline[Source, Item, Answer](
-        segmenter.read, segmenter.call, lambda source: source.entry.cost + held, batch, progress
+        read, segmenter.call, lambda source: source.entry.cost + held, batch, progress
     )
     with ShardWriter(segmenter.storage, out, NAME, index, metadata) as writer:
         for done in pipeline.run(sources):

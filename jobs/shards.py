@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
@@ -16,9 +16,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
-from cluster.errors import CellrayError, Conflict, Internal, Unavailable
+from cluster.errors import CellrayError, Conflict, Internal, InvalidImage, Unavailable
 from cluster.memory import private_mb
-from cluster.settings import MIB
+from cluster.settings import MIB, Settings
+from cluster.storage import Storage
+from jobs import images
+from jobs.images import Entry
 from serve_app.service import foreign
 
 Source = TypeVar("Source")
@@ -31,8 +34,10 @@ IN_FLIGHT_BYTES = 256 * MIB  # read and waiting for a replica, a task
 READERS = 4
 CALLS = 3  # handle calls a task keeps open: one runs, one waits at the replica, one is on its way
 ATTEMPTS = 6  # of a read or a call whose other end was away or busy: about half a minute in all
-SHARD_ATTEMPTS = 3  # of a task whose worker died
+SHARD_ATTEMPTS = 3  # of a task whose worker died; before the last its images are tried one by one
+PROBE_ATTEMPTS = 2  # of an image: one that ends so many workers that do nothing else is left out
 BACKOFF_S = 1.0
+PROBE_PX = 64
 
 
 @dataclass
@@ -158,7 +163,8 @@ def run(
     parallel: int,
     report: Callable[[list[Progress]], None],
 ) -> list[Progress]:
-    """Run `task.remote(*arguments, index, sources(index))` for each index of `shards`, at most `parallel` at a time.
+    """Run `task.remote(*arguments, index, sources(index), poisoned)` for each index of `shards`, at most `parallel` at
+    a time. `arguments` begin with the settings; `poisoned` are the URIs of images that no worker survives.
 
     `task` is a Ray remote function that yields Progress. `report` is called about once a second with what is new.
     A shard whose worker died is run again; a CellrayError from a shard stops all of them, and so does Ctrl-C.
@@ -167,12 +173,14 @@ def run(
     latest: dict[int, Progress] = {}
     attempts: dict[int, int] = {}
     running: dict[Any, int] = {}
+    poisoned: dict[int, frozenset[str]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 index = waiting.popleft()
                 attempts[index] = attempts.get(index, 0) + 1
-                stream = task.options(num_returns="streaming").remote(*arguments, index, sources(index))
+                own = index, sources(index), poisoned.get(index, frozenset())
+                stream = task.options(num_returns="streaming").remote(*arguments, *own)
                 running[stream] = index
             ready: list[Any] = ray.wait(list(running), timeout=1.0)[0]
             for stream in ready:
@@ -193,11 +201,41 @@ def run(
                     del running[stream]
                     latest.pop(index, None)
                     waiting.append(index)
+                    if attempts[index] == SHARD_ATTEMPTS - 1:
+                        poisoned[index] = _deadly(arguments[0], [source.entry for source in sources(index)])
             report(list(latest.values()))
         return list(latest.values())
     finally:
         for stream in running:
             ray.cancel(stream)
+
+
+def _deadly(settings: Settings, entries: Iterable[Entry]) -> frozenset[str]:
+    """The URIs of those whose reading ends its worker; other errors are for the shard to find."""
+    found = set()
+    for entry in entries:
+        for left in reversed(range(PROBE_ATTEMPTS)):
+            try:
+                ray.get(_read_alone.remote(settings, entry))
+                break
+            except RayTaskError:
+                break
+            except RayError:
+                if not left:
+                    log.warning(f"reading {entry.uri} ends its worker: it is left out")
+                    found.add(entry.uri)
+    return frozenset(found)
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _read_alone(settings: Settings, entry: Entry) -> None:
+    images.read(Storage(settings.storage), entry, PROBE_PX, settings.limits)
+
+
+def sound(entry: Entry, poisoned: frozenset[str]) -> None:
+    """Raises InvalidImage for one that no worker survives."""
+    if entry.uri in poisoned:
+        raise InvalidImage(f"reading it ended {PROBE_ATTEMPTS} workers that did nothing else: it is left out")
 
 
 def measured(progress: Progress) -> Progress:
