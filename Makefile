@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)  ## ratios against peers; each prints a table and one line of JSON
-	$(BIN)/python -m tests.benchmarks.job
+	$(BIN)/python -m tests.benchmarks.pipeline
 	$(BIN)/python -m tests.benchmarks.encoder
 	$(BIN)/python -m tests.benchmarks.decoder
 	$(BIN)/python -m tests.benchmarks.nano

@@ -47,7 +47,9 @@ class StorageSettings(Frozen):
 class WeightsSettings(Frozen):
     """Where a checkpoint comes from."""
 
-    source: str = Field(description="a path, https://…, s3://…, or seeded:ARCHITECTURE:SEED (random weights)")
+    source: str = Field(
+        description="a path, https://…, s3://…, packaged:nano, or seeded:ARCHITECTURE:SEED (random weights)"
+    )
     sha256: str | None = Field(
         None, pattern="^[0-9a-fA-F]{6,64}$", description="start of the file's sha256, at least 6 hex digits"
     )
@@ -67,7 +69,7 @@ class ModelSettings(WeightsSettings):
 
 
 DEFAULT_MODELS: dict[str, dict[str, str]] = {
-    "nano": {"source": "seeded:nano:0", "licence": "Apache-2.0"},
+    "nano": {"source": "packaged:nano", "licence": "Apache-2.0"},
     "sam_vit_b": {
         "source": PUBLIC_WEIGHTS + "sam_vit_b_01ec64.pth",
         "sha256": "01ec64",

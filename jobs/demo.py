@@ -20,7 +20,7 @@ from cluster.settings import Settings
 from jobs import samples, show
 
 MODEL = "nano"
-GRID = 4
+GRID = "--grid 16 --pred-iou-thresh 0.5 --stability-score-thresh 0.8 --box-nms-thresh 0.5"  # as nano's card has it
 JOB_TIMEOUT_S = 900.0
 POLL_S = 0.3
 PROGRESS = re.compile(r"^\w+: (\d+)/(\d+) images, (\d+) errors", re.MULTILINE)
@@ -40,10 +40,8 @@ def run(settings: Settings, config: dict[str, Any], folder: Path) -> int:
         common = [str(images.absolute()), str(out.absolute()), "--model", MODEL, "--max-error-rate", "0.5"]
         code = _submit(started.dashboard, "embed", common)
         if code == 0:
-            # An untrained model rejects its own masks: no thresholds, or there would be nothing to see.
-            grid = ["--embeddings", str(out.absolute()), "--grid", str(GRID)]
-            grid += ["--pred-iou-thresh=-inf", "--stability-score-thresh", "0"]
-            code = _submit(started.dashboard, "segment", common + grid)
+            stored = ["--embeddings", str(out.absolute())]
+            code = _submit(started.dashboard, "segment", [*common, *stored, *GRID.split()])
         say("stopping")
     if code:
         return 1

@@ -15,6 +15,9 @@ from cluster.storage import Storage, mapped
 from serve_app.contract import ModelInfo
 from serve_app.model import checkpoint, state
 
+PACKAGED = "packaged:"  # and a folder of serve_app/weights
+PACKAGE = Path(__file__).parent / "weights"
+
 
 def find(settings: Settings, name: str) -> ModelSettings:
     """The model's entry. Raises NotFound, naming those there are."""
@@ -99,6 +102,11 @@ def opened(settings: Settings, name: str, licence: str = "unknown") -> Iterator[
 
 def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, str, bool]:
     """(tensors, sha256 of the source, whether trained) of a model's whole checkpoint."""
+    if model.source.startswith(PACKAGED):
+        folder = _packaged(model.source)
+        card = checkpoint.ModelCard.read(folder)
+        halves = (checkpoint.load_half(folder, half, card) for half in (checkpoint.ENCODER, checkpoint.DECODER))
+        return {name: tensor for half in halves for name, tensor in half.items()}, card.source_sha256, card.trained
     if weights.is_seeded(model.source):
         made = checkpoint.seeded(*weights.seed_of(model.source))
         return made, hashlib.sha256(model.source.encode()).hexdigest(), False
@@ -106,10 +114,19 @@ def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, st
         return state.read(path), digest, True
 
 
+def _packaged(source: str) -> Path:
+    folder = PACKAGE / source.removeprefix(PACKAGED)
+    if folder.parent != PACKAGE or not (folder / "model.json").is_file():
+        there = ", ".join(sorted(PACKAGED + path.parent.name for path in PACKAGE.glob("*/model.json")))
+        raise NotFound(f"no weights {source!r} come with this package; there are {there}")
+    return folder
+
+
 def _identity(model: ModelSettings) -> str:
     """What the cached split depends on; a local file that was replaced, or one in a folder, is another one."""
     local = "://" not in model.source and not weights.is_seeded(model.source)
-    files = weights.files(Path(model.source).expanduser()) if local else []
+    path = _packaged(model.source) if model.source.startswith(PACKAGED) else Path(model.source).expanduser()
+    files = weights.files(path) if local else []
     stamps = [f"{path.name} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files]
     return "\n".join((model.source, model.sha256 or "", model.licence, *stamps))
 

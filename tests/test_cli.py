@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cluster import settings
 from jobs import cli
-from serve_app import dataset
+from serve_app import dataset, models
 from serve_app.contract import Embedding
 from serve_app.dataset import ShardWriter
 from serve_app.model import checkpoint, masks, onnx
@@ -137,6 +138,8 @@ def test_export_onnx_of(source: str, nano: Path, tmp_path: Path, monkeypatch: py
     card = checkpoint.extract(
         checkpoint.seeded("nano", 0), tmp_path / "split", source="seeded:nano:0", source_sha256=""
     )
+    if source == "a name":
+        card = ModelCard.read(models.prepare(settings.load(environ={}), "nano"))
     model = "nano" if source == "a name" else str(tmp_path / "split")
     assert cli.main(["export-onnx", model, str(tmp_path / "a.onnx"), "--overwrite"]) == 0
     assert [one.decoder_sha256 for one in exported] == [card.decoder_sha256]

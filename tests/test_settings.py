@@ -80,7 +80,7 @@ def test_the_environment_is_that_of_the_process_unless_given(monkeypatch: pytest
 def test_models_are_added_to_the_table_and_changed_key_by_key(tmp_path: Path) -> None:
     made = load(write(tmp_path, "models: {mine: {source: /w.pth}, nano: {licence: MIT}}"), {})
     assert made.models["mine"].source == "/w.pth"
-    assert (made.models["nano"].source, made.models["nano"].licence) == ("seeded:nano:0", "MIT")
+    assert (made.models["nano"].source, made.models["nano"].licence) == ("packaged:nano", "MIT")
     assert {*settings.DEFAULT_MODELS} < {*made.models}
 
 

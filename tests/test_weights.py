@@ -8,6 +8,7 @@ import http.server
 import io
 import multiprocessing
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from cluster.errors import (
     NotFound,
     Unavailable,
 )
-from cluster.settings import ModelSettings, Settings, StorageSettings
+from cluster.settings import ModelSettings, Settings, StorageSettings, load
 from cluster.storage import Storage
 from serve_app import deployments, models
 from serve_app.model import checkpoint
@@ -102,7 +103,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
-    assert list(folder.iterdir()) == []
+    assert [path for path in folder.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
 def settings(
@@ -348,3 +349,25 @@ def test_a_model_kept_in_float16_is_half_as_large(tmp_path: Path) -> None:
         models.split(made, made.models["mine"], tmp_path / str(float16), float16)
     sizes = [(tmp_path / name / "encoder.safetensors").stat().st_size for name in ("True", "False")]
     assert 0.49 < sizes[0] / sizes[1] < 0.52
+
+
+def test_the_packaged_model(tmp_path: Path) -> None:
+    made = load(environ={}, weights_dir=str(tmp_path))
+    folder, packaged = models.prepare(made, "nano"), models.PACKAGE / "nano"
+    card, shipped = ModelCard.read(folder), ModelCard.read(packaged)
+    assert (card.encoder_sha256, card.decoder_sha256) == (shipped.encoder_sha256, shipped.decoder_sha256)
+    assert (card.source, card.source_sha256) == ("packaged:nano", shipped.source_sha256)
+    assert (card.trained, card.licence, card.family) == (True, "Apache-2.0", "nano")
+    assert sum(path.stat().st_size for path in packaged.iterdir()) < 12 << 20
+    assert models.prepare(made, "nano") == folder
+    for name in ("packaged:other", "packaged:", "packaged:../nano", "packaged:nano/x"):
+        assert "packaged:nano" in refused(NotFound, settings(tmp_path / "other", name))
+
+
+def test_a_damaged_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(models.PACKAGE / "nano", tmp_path / "nano")
+    with (tmp_path / "nano" / "decoder.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    monkeypatch.setattr(models, "PACKAGE", tmp_path)
+    assert "decoder.safetensors has sha256" in refused(InvalidCheckpoint, settings(tmp_path, "packaged:nano"))
