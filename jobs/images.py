@@ -103,6 +103,15 @@ def files(storage: Storage, uri: str) -> Iterator[Entry]:
         yield entry
 
 
+def by_name(storage: Storage, uris: Iterable[str]) -> dict[str, Entry]:
+    """Images that a data set names, to be read again: those in tars and Parquet are looked for there."""
+    found = {uri: Entry(uri, 0) for uri in uris}
+    containers = {uri.rpartition("#")[0] for uri in found}
+    for container in sorted(one for one in containers if one.lower().endswith((TAR, PARQUET)) and storage.exists(one)):
+        found |= {entry.uri: entry for entry in find(storage, container) if entry.uri in found}
+    return found
+
+
 def content(storage: Storage, entry: Entry, limit: int) -> bytes:
     """An image's file.
 

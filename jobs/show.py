@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cluster.errors import CellrayError, InvalidInput
 from cluster.settings import Settings
 from cluster.storage import Storage
+from jobs import images
+from jobs.images import Entry
 from serve_app import dataset
 from serve_app.dataset import Dataset
 from serve_app.model import masks, preprocess
@@ -58,7 +60,8 @@ def write(settings: Settings, out: str, folder: Path, limit: int) -> tuple[Path,
     names = sorted(set(embedded) | set(by_image) | set(errors))
     if not names:
         raise InvalidInput(f"{found.uri} holds no committed images yet")
-    tiles = [_tile(storage, settings, uri, by_image.get(uri, []), errors.get(uri)) for uri in names[:limit]]
+    shown = images.by_name(storage, names[:limit])
+    tiles = [_tile(storage, settings, one, by_image.get(uri, []), errors.get(uri)) for uri, one in shown.items()]
     model, trained = _model(found)
     title = f"{len(names)} images, {sum(map(len, by_image.values()))} masks, {len(errors)} errors · {model}"
     warning = "" if trained else "untrained model: random weights, these masks mean nothing"
@@ -83,13 +86,13 @@ def _model(found: Dataset) -> tuple[str, bool]:
 
 
 def _tile(
-    storage: Storage, settings: Settings, uri: str, rows: list[dict[str, Any]], error: dict[str, Any] | None
+    storage: Storage, settings: Settings, entry: Entry, rows: list[dict[str, Any]], error: dict[str, Any] | None
 ) -> Tile:
-    name = uri.rsplit("/", 1)[-1]
+    name = entry.uri.rsplit("/", 1)[-1]
     if error is not None and not rows:
         return Tile(None, name, f"{error['error_type']}: {error['message']}")
     try:
-        data = storage.read(uri, settings.limits.image_bytes)
+        data = images.content(storage, entry, settings.limits.image_bytes)
         pixels = preprocess.decode(data, settings.limits.image_pixels)
     except CellrayError as problem:
         return Tile(None, name, f"{type(problem).__name__}: {problem}")

@@ -194,6 +194,19 @@ def test_parquet_with_images(place: Place, kind: str) -> None:
         images.content(place.storage, Entry(f"{uri}#5", 1, None, uri, 5), MIB)
 
 
+def test_images_are_found_again_by_their_names(place: Place) -> None:
+    packed = put(place, "x.tar", tar({"a.png": PNGS[0], "b/c.png": PNGS[1]}))
+    rows = put(place, "x.parquet", table({"image": PNGS[2:5]}))
+    plain = put(place, "a#b.png", PNGS[5])
+    names = [f"{packed}#b/c.png", f"{rows}#2", plain, f"{packed}#none.png", join(place.uri, "gone.tar") + "#a.png"]
+    found = images.by_name(place.storage, names)
+    assert list(found) == names
+    assert [images.content(place.storage, found[name], MIB) for name in names[:3]] == [PNGS[1], PNGS[4], PNGS[5]]
+    for name in names[3:]:
+        with pytest.raises(NotFound):
+            images.content(place.storage, found[name], MIB)
+
+
 def test_row_groups_that_no_memory_holds_are_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_GROUP_BYTES", 100)
     uri = put(place, "x.parquet", table({"image": PNGS}))
