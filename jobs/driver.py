@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -124,7 +125,9 @@ def main(name: str, made: argparse.ArgumentParser, work: Callable[[Job], int], a
     """Parse, run `work`, and turn every expected error into one line and an exit code."""
     arguments = made.parse_args(argv)
     configure_logging(logging.WARNING)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _interrupted.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         settings = settings_module.load(arguments.config)
         job = Job(
@@ -139,8 +142,18 @@ def main(name: str, made: argparse.ArgumentParser, work: Callable[[Job], int], a
         return EXIT_INTERRUPTED
 
 
+_interrupted = threading.Event()
+
+
 def _interrupt(*_: object) -> None:
+    _interrupted.set()
     raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """To be called now and then: an interrupt that falls into a destructor, as Ray has many, is lost there."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def generation(job: Job) -> tuple[int, Dataset]:
@@ -298,6 +311,7 @@ class _Reporter:
         done = self.before + sum(progress.images for progress in latest)
         errors = sum(progress.errors for progress in latest)
         self.memory_mb = max(self.memory_mb, private_mb())
+        raise_if_interrupted()
         now = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix(errors=errors, refresh=False)

@@ -133,6 +133,7 @@ def _run(job: Job) -> int:
         with plain_errors():
             for reference in stream:
                 reporter(told := ray.get(reference))
+                driver.raise_if_interrupted()
     except KeyboardInterrupt:
         if told is not None:
             task.stop.remote()

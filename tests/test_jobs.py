@@ -24,7 +24,7 @@ import s3fs
 from PIL import Image
 
 from cluster import settings
-from jobs import cli, embed, estimate, replicas, segment
+from jobs import cli, driver, embed, estimate, replicas, segment
 from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -320,6 +320,27 @@ def test_what_failed_is_run_again_and_what_is_new_is_added(
     assert cli.main(["verify", str(out)]) == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_destructor_swallows_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def work(_: object) -> int:
+        one = Swallows()
+        del one
+        driver.raise_if_interrupted()
+        return 0
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        assert driver.main("embed", driver.parser("embed", "", ""), work, ["in", "out", "--model", "nano"]) == 130
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
 def test_too_many_errors_is_exit_code_one(
     app: App, sample_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -344,7 +365,7 @@ def test_what_bad_input_gets(
     """One line that says what was wrong, an exit code that is not 0, and nothing that a reader would take for whole."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "notes.txt").write_text("no image")
+    (tmp_path / "text" / "notes.md").write_text("no image")
     no_columns = _table(tmp_path / "a.csv", "name,box\nx.png,1\n")
     no_number = _table(tmp_path / "b.jsonl", '{"image_uri": "ihc_rgb.png", "box": [NaN, 2, 3, 4]}')
     stranger = _table(tmp_path / "c.jsonl", '{"image_uri": "nowhere.png", "box": [1, 2, 3, 4]}')
@@ -368,7 +389,7 @@ def test_what_bad_input_gets(
         (segment, [sample_images, out, *nano, "--prompts", stranger], "not under"),
         (segment, [sample_images, out, *nano, "--prompts", sample_images / "ihc_rgb.png"], "no prompt table"),
         (segment, [sample_images, out, *nano, "--embeddings", tmp_path / "empty", *GRID], "no data set"),
-        (segment, [tmp_path / "text" / "notes.txt", out, *nano, *GRID], "no images under"),
+        (segment, [tmp_path / "text" / "notes.md", out, *nano, *GRID], "no images under"),
         (segment, [sample_images, out, *nano, "--grid", "0"], "expected 1 to"),
     ]
     for job, arguments, says in cases:
