@@ -160,14 +160,14 @@ def on_s3(temporary: Path, images: int) -> dict[str, float]:
         config = temporary / "s3.yaml"
         config.write_text(yaml.safe_dump({"storage": {"endpoint_url": endpoint}}))
         s3 = client(endpoint, "s3")
-        for bucket in ("in", "out"):
+        for bucket in ("plates", "results"):
             s3.create_bucket(Bucket=bucket)
         for path in sorted((temporary / "images").iterdir()):
-            s3.put_object(Bucket="in", Key=path.name, Body=path.read_bytes())
+            s3.put_object(Bucket="plates", Key=path.name, Body=path.read_bytes())
         stack.enter_context(session.local(app(NULL), say))
-        job("s3://in", "s3://out/warm", NULL, 16, str(config))
+        job("s3://plates", "s3://results/warm", NULL, 16, str(config))
         before = cpu_seconds(process)
-        found, spent = job("s3://in", "s3://out/many", NULL, images, str(config))
+        found, spent = job("s3://plates", "s3://results/many", NULL, images, str(config))
         server_s = cpu_seconds(process) - before
     return {
         "null_img_s_s3": found["images_per_second"],
