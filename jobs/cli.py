@@ -281,8 +281,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
     found = dataset.open(arguments.dataset, Storage(settings_module.load(arguments.config).storage))
     write = export.coco if arguments.to == "coco" else export.labels
-    with tqdm(total=len(export.uris(found)), unit="image", desc="export", disable=None) as bar:
-        count = write(found, arguments.target, bar.update)
+    uris = export.uris(found)
+    with tqdm(total=len(uris), unit="image", desc="export", disable=None) as bar:
+        count = write(found, export.Names(uris), arguments.target, bar.update)
     print(f"{count:,} images to {arguments.target}")
     return 0
 

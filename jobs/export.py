@@ -47,13 +47,13 @@ class Names:
         return (self.names[uri] if self.stems[stem] > 1 else stem) + suffix
 
 
-def coco(found: Dataset, to: str, done: Callable[[], Any]) -> int:
-    """Write one COCO file of instances, `to`; → how many images. `done()` after each.
+def coco(found: Dataset, names: Names, to: str, done: Callable[[], Any]) -> int:
+    """Write one COCO file of instances, `to`; → how many images. `names` are of their `uris`; `done()` after each.
 
-    Images without any mask are in it too, where their embeddings are in the data set. Raises NotFound: no masks.
-    Conflict: there is another file.
+    Images without any mask are in it too, where their embeddings are in the data set. Raises
+    Conflict where there is another file.
     """
-    names, count, annotation = Names(uris(found)), 0, 0
+    count = annotation = 0
     with (
         mapped(tempfile.gettempdir()),
         tempfile.TemporaryFile("w+") as images,
@@ -88,12 +88,12 @@ def coco(found: Dataset, to: str, done: Callable[[], Any]) -> int:
     return count
 
 
-def labels(found: Dataset, to: str, done: Callable[[], Any]) -> int:
+def labels(found: Dataset, names: Names, to: str, done: Callable[[], Any]) -> int:
     """Write a TIFF an image into the folder `to`: 0, and mask_index + 1 of the smallest mask at each pixel; → images.
 
-    uint16, or uint32 from 65,535 masks on. Raises NotFound: no masks. Conflict: there is another file of that name.
+    uint16, or uint32 from 65,535 masks on. Raises Conflict: there is another file of that name.
     """
-    names, count = Names(uris(found)), 0
+    count = 0
     for uri, size, rows in _images(found):
         most = max((row["mask_index"] for row in rows), default=0) + 1
         plane = np.zeros(size, np.uint16 if most < 1 << 16 else np.uint32)

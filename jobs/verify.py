@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.errors import CellrayError, NotFound
+from cluster.errors import CellrayError, Conflict, NotFound
 from cluster.storage import Storage, join
 from jobs import plan
 from serve_app import dataset
@@ -82,12 +82,12 @@ def _against_plan(found: Dataset, job: str, generation: int) -> Iterator[str]:
         if records:
             yield f"{uri} is missing: {len(records)} shards of {job} belong to no plan"
         return
-    try:
+    try:  # what cannot be read at all is the storage's error, and raised
         facts = plan.read(found.storage, uri)
         shards = plan.shards(facts)
         own = {key: value for key, value in facts.items() if key not in ("job", "schema_version", "generation")}
         fingerprint = plan.Plan(job, own, generation).fingerprint
-    except (CellrayError, TypeError, KeyError) as error:
+    except (Conflict, TypeError, KeyError) as error:
         yield f"{uri} is no plan of this version: {error}"
         return
     for record in records:

@@ -69,13 +69,18 @@ def filled(place: Place) -> Place:
     return place
 
 
+def run(write: Any, place: Place, to: str, done: Any) -> int:
+    found = dataset.open(place.uri, place.storage)
+    return int(write(found, export.Names(export.uris(found)), to, done))
+
+
 NAMES = ["plate 1/a.png", "plate 1/a.tif", "plate 2/x.tar/b/ü.png", "empty.png"]
 
 
 def test_coco(filled: Place, tmp_path: Path) -> None:
     calls: list[int] = []
     target = tmp_path / "masks.json"
-    assert export.coco(dataset.open(filled.uri, filled.storage), str(target), lambda: calls.append(1)) == 4
+    assert run(export.coco, filled, str(target), lambda: calls.append(1)) == 4
     assert len(calls) == 4
     read = COCO(str(target))
     assert [one["file_name"] for one in read.dataset["images"]] == NAMES
@@ -90,15 +95,14 @@ def test_coco(filled: Place, tmp_path: Path) -> None:
 
 def test_label_images(filled: Place) -> None:
     target = join(filled.uri, "labels of it")
-    found = dataset.open(filled.uri, filled.storage)
-    assert export.labels(found, target, lambda: None) == 4
-    assert export.labels(found, target, lambda: None) == 4  # the same bytes
+    assert run(export.labels, filled, target, lambda: None) == 4
+    assert run(export.labels, filled, target, lambda: None) == 4  # the same bytes
     written = [file.uri.removeprefix(target + "/") for file in filled.storage.list(target)]
     assert sorted(written) == ["empty.tif", "plate 1/a.png.tif", "plate 1/a.tif.tif", "plate 2/x.tar/b/ü.tif"]
 
 
 def test_of_overlapping_masks_the_smallest_shows(filled: Place, tmp_path: Path) -> None:
-    export.labels(dataset.open(filled.uri, filled.storage), str(tmp_path / "x"), lambda: None)
+    run(export.labels, filled, str(tmp_path / "x"), lambda: None)
     plane = tifffile.imread(tmp_path / "x" / "plate 1" / "a.png.tif")
     large, small = IMAGES["/in/plate 1/a.png"]
     np.testing.assert_array_equal(plane, np.where(small, 2, np.where(large, 1, 0)))
@@ -109,7 +113,7 @@ def test_of_overlapping_masks_the_smallest_shows(filled: Place, tmp_path: Path) 
 def test_a_later_generation_is_what_is_exported(filled: Place, tmp_path: Path) -> None:
     uri = "/in/plate 1/a.tif"
     write(filled, "segment", [(MASKS, mask_table(uri, planes((9, 9, 12, 12))))], generation="1")
-    export.coco(dataset.open(filled.uri, filled.storage), str(tmp_path / "a.json"), lambda: None)
+    run(export.coco, filled, str(tmp_path / "a.json"), lambda: None)
     read = COCO(str(tmp_path / "a.json"))
     assert sorted(one["area"] for one in read.dataset["annotations"]) == [9, 16, 400, 1200]
 
@@ -118,14 +122,14 @@ def test_nothing_is_overwritten(filled: Place, tmp_path: Path) -> None:
     target = tmp_path / "masks.json"
     target.write_text("mine")
     with pytest.raises(Conflict, match=r"masks\.json exists"):
-        export.coco(dataset.open(filled.uri, filled.storage), str(target), lambda: None)
+        run(export.coco, filled, str(target), lambda: None)
     assert target.read_text() == "mine"
 
 
 def test_without_masks_there_is_nothing_to_export(place: Place, tmp_path: Path) -> None:
     write(place, "embed", [(EMBEDDINGS, dataset.embedding_row(made(EMPTY), EMPTY, np.zeros(4, np.float32)))])
     with pytest.raises(NotFound, match=r"run jobs\.segment first"):
-        export.labels(dataset.open(place.uri, place.storage), str(tmp_path), lambda: None)
+        run(export.labels, place, str(tmp_path), lambda: None)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
