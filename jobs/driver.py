@@ -24,6 +24,7 @@ from cluster.telemetry import configure_logging
 from jobs import estimate, images, plan
 from jobs.plan import DEFAULT_SHARD_IMAGES, Listing, Plan
 from jobs.shards import Progress, run
+from jobs.views import View
 from serve_app import dataset
 from serve_app.contract import ModelInfo
 from serve_app.dataset import Dataset
@@ -33,6 +34,7 @@ DEFAULT_MAX_ERROR_RATE = 0.1
 LINE_EVERY_S = 10.0
 DEFAULT_PARALLEL = 2
 DEFAULT_BATCH = 8
+DEFAULT_OVERLAP = 128
 RETRY, UPDATE = "retry-errors", "update"  # why a plan has another generation
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,28 @@ def parser(name: str, description: str, epilog: str, update: bool = False) -> ar
         )
     made.add_argument("--dry-run", action="store_true", help="only say what it would read, write, take and cost")
     made.add_argument("--price-per-gpu-hour", type=float, metavar="DOLLARS", help="of a replica, for --dry-run")
+    looked = made.add_argument_group(
+        "planes and tiles", "rows of their own; their column part says what of the file they are"
+    )
+    looked.add_argument(
+        "--channels",
+        default="",
+        metavar="COLOUR=CHANNEL,…",
+        help="which channel, by index from 0 or name, is which colour: red, green, blue, nuclear (as green), membrane "
+        "(as blue), or grey alone; each stretched by its own percentiles (default: the first three as RGB, together)",
+    )
+    for axis, what in (("z", "focal plane"), ("t", "time point")):
+        looked.add_argument(
+            f"--{axis}", default="", metavar="N", help=f"{what} of a TIFF, from 0 on, or each (default: 0)"
+        )
+    looked.add_argument("--tile", type=_positive, metavar="PX", help="cut larger images into squares, side in pixels")
+    looked.add_argument(
+        "--overlap",
+        type=int,
+        default=DEFAULT_OVERLAP,
+        metavar="PX",
+        help="of tiles; objects up to this size are whole in one of them (default: %(default)s)",
+    )
     tuning = made.add_argument_group("tuning")
     tuning.add_argument(
         "--parallel",
@@ -93,6 +117,12 @@ def parser(name: str, description: str, epilog: str, update: bool = False) -> ar
         help="between lines where there is no terminal for a bar (default: %(default)s)",
     )
     return made
+
+
+def view(arguments: argparse.Namespace) -> str:
+    """What of each image is asked for. Raises InvalidInput."""
+    tile = f"{arguments.tile},{arguments.overlap}" if arguments.tile else ""
+    return str(View(channels=arguments.channels, t=arguments.t, z=arguments.z, tile=tile))
 
 
 def _positive(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +16,8 @@ from cluster.settings import Settings
 from cluster.storage import Storage
 from jobs import driver, images, replicas
 from jobs.driver import Job
-from jobs.images import Entry, ReadImage
+from jobs.images import Entry
+from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.shards import Pipeline, Progress, measured, sound
 from serve_app import contract, dataset
@@ -38,11 +39,12 @@ EPILOG = """examples:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An image to embed; and the id of its content when it was last embedded, for it to be passed over if it is that
-    still."""
+    """An image to embed, or a part of it; and by part the ids of what was last embedded, to be passed over if they are
+    that still."""
 
     entry: Entry
-    image_id: str | None
+    known: Mapping[str, str]
+    part: Part | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,21 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(job: Job) -> int:
     generation, before = driver.generation(job)
-    entries = images.find(job.storage, job.input)
+    entries = images.find(job.storage, job.input, driver.view(job.arguments))
     if job.arguments.mode == driver.RETRY:
         entries = failed(before, entries)
     listing = Listing(islice(entries, job.arguments.limit), job.arguments.shard_images)
-    known: dict[str, str] = {}
-    if job.arguments.mode == driver.UPDATE:
-        rows = before.table(dataset.EMBEDDINGS, ["image_uri", "image_id"])
-        known = dict(zip(rows["image_uri"].to_pylist(), rows["image_id"].to_pylist(), strict=True))
+    known = _known(before) if job.arguments.mode == driver.UPDATE else {}
 
     def sources(index: int) -> list[Source]:
-        return [Source(entry, known.get(entry.uri)) for entry in listing.shard(index)]
+        return [Source(entry, known.get(entry.uri, {})) for entry in listing.shard(index)]
 
     info = replicas.connect(job.arguments.model)
     facts = {
         "input": job.input,
+        "view": driver.view(job.arguments),
         "listing": listing.fingerprint,
         "images": listing.images,
         "shard_images": job.arguments.shard_images,
@@ -79,6 +79,17 @@ def _run(job: Job) -> int:
     context = (info, job.arguments.batch)
     work = driver.Work(Plan(NAME, facts, generation), listing, sources, _shard, context)
     return driver.execute(job, work, info, replicas.running(info.name))
+
+
+def _known(before: Dataset) -> dict[str, dict[str, str]]:
+    """Image URI → part → image id, of images of which no part failed."""
+    known: dict[str, dict[str, str]] = {}
+    columns = ["image_uri", "part", "image_id"]
+    for uri, part, image_id in zip(*before.table(dataset.EMBEDDINGS, columns).to_pydict().values(), strict=True):
+        known.setdefault(uri, {})[part] = image_id
+    for uri in before.table(dataset.ERRORS, ["image_uri"])["image_uri"].to_pylist():
+        known.pop(uri, None)
+    return known
 
 
 def failed(before: Dataset, entries: Iterator[Entry]) -> Iterator[Entry]:
@@ -114,12 +125,15 @@ def _shard(
     storage, progress = Storage(settings.storage), Progress(index)
     encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
 
+    def fetch(entry: Entry) -> bytes:
+        return images.content(storage, entry, settings.limits.image_bytes)
+
     def read(source: Source) -> ReadImage | None:
         sound(source.entry, poisoned)
-        data = images.content(storage, source.entry, settings.limits.image_bytes)
-        if source.image_id == contract.image_id(data):
+        part = source.part or only_part(source.entry, fetch(source.entry), settings.limits)
+        if source.known.get(part.name) == part.image_id():
             return None
-        return images.prepared(data, info.image_size, settings.limits)
+        return part.read(info.image_size)
 
     def call(read: list[ReadImage | None]) -> list[np.ndarray | CellrayError | None]:
         fresh = [one.image.pixels for one in read if one is not None]
@@ -129,31 +143,36 @@ def _shard(
     pipeline = Pipeline[Source, ReadImage | None, np.ndarray | None](
         read=read,
         call=call,
-        cost=lambda source: source.entry.cost + 3 * info.image_size**2,
+        cost=lambda source: cost(source) + 3 * info.image_size**2,
         batch=batch,
         progress=progress,
     )
+    found = expanded(sources, lambda entry: pipeline.persist(lambda: fetch(entry)), settings.limits, poisoned)
     with ShardWriter(storage, out, NAME, index, metadata) as writer:
-        for done in pipeline.run(sources):
-            progress.images += 1
-            entry = done.source.entry
-            progress.bytes_read += entry.size
-            if done.item is None:
-                progress.unchanged += 1
-            else:
+        failures = 0
+        for rows, done in enumerate(pipeline.run(found), 1):
+            entry, part = done.source.entry, done.source.part
+            name, corner = name_of(done.source), part.corner if part else (0, 0)
+            if done.item is not None:
                 writer.supersede(entry.uri)
             if isinstance(done.item, CellrayError):
-                progress.errors += 1
-                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "read", done.item))
+                failures += 1
+                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "read", done.item, name))
             elif isinstance(done.result, CellrayError):
-                progress.errors += 1
-                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "encode", done.result))
+                failures += 1
+                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "encode", done.result, name))
             elif done.item is not None and done.result is not None:
                 made = embedding(done.item, done.result, info)
-                row = dataset.embedding_row(made, entry.uri, made.pooled(info.patch), entry.key)
+                row = dataset.embedding_row(made, entry.uri, made.pooled(info.patch), entry.key, name, corner)
                 writer.add(dataset.EMBEDDINGS, row)
                 progress.encoder_calls += 1
-            if progress.images % batch == 0:
+            if part is None or part.ends:
+                progress.images += 1
+                progress.bytes_read += entry.size
+                progress.errors += failures > 0
+                progress.unchanged += done.item is None
+                failures = 0
+            if rows % batch == 0:
                 yield measured(progress)
         record = writer.commit()
     progress.bytes_written = sum(file.bytes for file in record.files)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,22 @@ import tifffile
 
 from cluster.errors import NotFound
 from cluster.storage import absolute, join, mapped
+from jobs.views import View
 from serve_app.dataset import EMBEDDINGS, MASKS, Dataset
 from serve_app.model import masks
 
 CATEGORY = {"id": 1, "name": "object"}
-COLUMNS = ["image_uri", "image_id", "mask_index", "segmentation", "bbox", "area", "predicted_iou", "stability_score"]
+COLUMNS = [
+    "image_uri",
+    "part",
+    "image_id",
+    "mask_index",
+    "segmentation",
+    "bbox",
+    "area",
+    "predicted_iou",
+    "stability_score",
+]
 Row = dict[str, Any]
 
 
@@ -110,22 +122,28 @@ def labels(found: Dataset, names: Names, to: str, done: Callable[[], Any]) -> in
 
 def uris(found: Dataset) -> list[str]:
     """The images that an export has: those with masks or an embedding. Raises NotFound: none has masks."""
-    segmented = found.table(MASKS, ["image_uri"])["image_uri"].unique().to_pylist()
+    segmented = list(dict.fromkeys(map(_name, found.table(MASKS, ["image_uri", "part"]).to_pylist())))
     if not segmented:
         raise NotFound(f"{found.uri} holds no masks: run jobs.segment first")
-    return list(dict.fromkeys(segmented + found.table(EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()))
+    return list(dict.fromkeys(segmented + list(map(_name, found.table(EMBEDDINGS, ["image_uri", "part"]).to_pylist()))))
+
+
+def _name(row: Row) -> str:
+    """An image's URI; of a plane, or what else is a part of it, after that which part."""
+    plane = str(replace(View.parse(row["part"]), xywh=""))
+    return f"{row['image_uri']}#{plane}" if plane else str(row["image_uri"])
 
 
 def _images(found: Dataset) -> Iterator[tuple[str, tuple[int, int], list[Row]]]:
     """(URI, (height, width), masks) of each image, a shard of them in memory at a time."""
     seen: set[str] = set()
-    for name, columns in ((MASKS, COLUMNS), (EMBEDDINGS, ["image_uri", "height", "width"])):
+    for name, columns in ((MASKS, COLUMNS), (EMBEDDINGS, ["image_uri", "part", "x", "y", "height", "width"])):
         for file, record in found.files(name):
             rows = found.read(file, columns).to_pylist()
             by_image: dict[str, list[Row]] = {}
             for row, stands in zip(rows, found.stands(record, [row["image_uri"] for row in rows]), strict=True):
-                if stands and row["image_uri"] not in seen:
-                    by_image.setdefault(row["image_uri"], []).append(row)
+                if stands and (uri := _name(row)) not in seen:
+                    by_image.setdefault(uri, []).append(row)
             seen |= by_image.keys()
             for uri, own in by_image.items():
                 first = own[0]
@@ -133,4 +151,8 @@ def _images(found: Dataset) -> Iterator[tuple[str, tuple[int, int], list[Row]]]:
                     height, width = first["segmentation"]["size"]
                     yield uri, (height, width), own
                 else:
-                    yield uri, (first["height"], first["width"]), []
+                    yield (
+                        uri,
+                        (max(row["y"] + row["height"] for row in own), max(row["x"] + row["width"] for row in own)),
+                        [],
+                    )

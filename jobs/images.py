@@ -9,22 +9,19 @@ import re
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from cluster.errors import InvalidImage, InvalidInput, NotFound, TooLarge
-from cluster.settings import MIB, Limits
+from cluster.settings import MIB
 from cluster.storage import File, Storage, absolute, join
-from serve_app import contract
-from serve_app.model import preprocess
-from serve_app.model.preprocess import SUFFIXES, ModelImage
-from serve_app.model.prompts import GridOptions, crops
+from jobs.views import CROPPED, View
+from serve_app.model.preprocess import SUFFIXES
 
 WILDCARD = re.compile(r"[*?\[]")
 TAR, PARQUET = ".tar", ".parquet"
@@ -34,15 +31,16 @@ UNKNOWN_BYTES = 4 * MIB  # taken for the size of a file that is only named
 MAX_GROUP_BYTES = 1 << 30  # of a Parquet file's row group: one is in memory, for one of its images
 BLOCK = MIB  # read at a time from tables and from between a tar's images
 INPUT = f"""a folder or s3://BUCKET/PREFIX with all below it; one image; a glob, in quotes (** for folders); a list
-({", ".join(TABLES)} or {PARQUET}) with a column uri, full or relative to the list, and perhaps key; {PARQUET} with
-the images' bytes in a column image; {TAR}"""
+({", ".join(TABLES)} or {PARQUET}) with a column uri, full or relative to the list, and perhaps key, channels (as of
+--channels) and crop (x,y,width,height); {PARQUET} with the images' bytes in a column image; {TAR}"""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An image to read. `uri` is its name in the data set; `size` in bytes, 0 if unknown; `key` is the user's own.
 
-    One in another file is `container#name`, and `at` its first byte in a tar, or its row in Parquet.
+    One in another file is `container#name`, and `at` its first byte in a tar, or its row in Parquet. `view` says what
+    of it becomes rows, as in `jobs.parts`.
     """
 
     uri: str
@@ -50,6 +48,7 @@ class Entry:
     key: str | None = None
     container: str = ""
     at: int = 0
+    view: str = ""
 
     @property
     def cost(self) -> int:
@@ -57,17 +56,9 @@ class Entry:
         return self.size or UNKNOWN_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class ReadImage:
-    """An image in memory: its content's id, and the pixels for the model, of the whole and of crops if asked for."""
-
-    image_id: str
-    image: ModelImage
-    crops: tuple[np.ndarray, ...] = ()
-
-
-def find(storage: Storage, uri: str) -> Iterator[Entry]:
-    """What INPUT says, in a fixed order; of a folder or a prefix the images alone, by suffix.
+def find(storage: Storage, uri: str, view: str = "") -> Iterator[Entry]:
+    """What INPUT says, in a fixed order; of a folder or a prefix the images alone, by suffix. `view` is for all of
+    them; a list's columns `channels` and `crop` go before it, and a crop's URI ends with it.
 
     Raises:
         NotFound: nothing is there, or no image. InvalidInput: a list, a tar or Parquet that is not as it should be.
@@ -89,7 +80,7 @@ def find(storage: Storage, uri: str) -> Iterator[Entry]:
             others += 1
         for entry in made:
             found = True
-            yield entry
+            yield replace(entry, view="&".join(filter(None, (view, entry.view)))) if view else entry
     if not found:
         passed = f" ({others} files with other names)" if others else ""
         raise NotFound(f"no images under {uri}{passed}; looked for {', '.join(SUFFIXES)}")
@@ -105,7 +96,7 @@ def files(storage: Storage, uri: str) -> Iterator[Entry]:
 
 def by_name(storage: Storage, uris: Iterable[str]) -> dict[str, Entry]:
     """Images that a data set names, to be read again: those in tars and Parquet are looked for there."""
-    found = {uri: Entry(uri, 0) for uri in uris}
+    found = {uri: _named(uri) for uri in uris}
     containers = {uri.rpartition("#")[0] for uri in found}
     for container in sorted(one for one in containers if one.lower().endswith((TAR, PARQUET)) and storage.exists(one)):
         found |= {entry.uri: entry for entry in find(storage, container) if entry.uri in found}
@@ -119,7 +110,7 @@ def content(storage: Storage, entry: Entry, limit: int) -> bytes:
         TooLarge: over `limit` bytes. InvalidImage: cut short. NotFound, Forbidden, Unavailable: the storage's.
     """
     if not entry.container:
-        return storage.read(entry.uri, limit)
+        return storage.read(file_uri(entry), limit)
     if entry.size > limit:
         raise TooLarge(f"{entry.uri} is larger than the limit of {limit} bytes")
     if not entry.container.lower().endswith(TAR):
@@ -131,21 +122,14 @@ def content(storage: Storage, entry: Entry, limit: int) -> bytes:
         return file.read(entry.size)
 
 
-def read(storage: Storage, entry: Entry, image_size: int, limits: Limits, grid: GridOptions | None = None) -> ReadImage:
-    """Fetch, decode and resize one image, and the crops that `grid` lays over it.
-
-    Raises:
-        InvalidImage and its kinds: the row for `errors`. NotFound, Forbidden, Unavailable: the storage's.
-    """
-    return prepared(content(storage, entry, limits.image_bytes), image_size, limits, grid)
+def file_uri(entry: Entry) -> str:
+    """Of the file that the image is, or is a crop of."""
+    return CROPPED.sub("", entry.uri) if "crop=" in entry.view else entry.uri
 
 
-def prepared(data: bytes, image_size: int, limits: Limits, grid: GridOptions | None = None) -> ReadImage:
-    """`read`, from an image's file in memory."""
-    pixels = preprocess.decode(data, limits.image_pixels)
-    parts = crops((pixels.shape[0], pixels.shape[1]), grid)[1:] if grid else []
-    cut = tuple(crop.cut(pixels, image_size) for crop in parts)
-    return ReadImage(contract.image_id(data), preprocess.resize(pixels, image_size), cut)
+def _named(uri: str) -> Entry:
+    crop = CROPPED.search(uri)
+    return Entry(uri, 0, view=str(View(crop=crop[1])) if crop else "")
 
 
 def _listed(storage: Storage, uri: str) -> tuple[Iterator[File], bool]:
@@ -198,7 +182,13 @@ def _entries(uri: str, rows: Iterable[dict[str, Any]]) -> Iterator[Entry]:
             found = ", ".join(map(str, there)) or "nothing"
             raise InvalidInput(f"{uri}, row {number}: expected a column uri with a name in it, found {found}")
         full = absolute(name if "://" in name or name.startswith(("/", "~")) else join(folder, name))
-        yield Entry(full, int(str(size)) if str(size).isdecimal() else 0, None if key is None else str(key))
+        crop, channels = (str(there.get(column) or "").strip() for column in ("crop", "channels"))
+        try:
+            view = str(View(crop=crop.replace(" ", ""), channels=channels))
+        except InvalidInput as error:
+            raise InvalidInput(f"{uri}, row {number}: {error}") from error
+        full += f"#xywh={View.parse(view).crop}" if crop else ""
+        yield Entry(full, int(str(size)) if str(size).isdecimal() else 0, None if key is None else str(key), view=view)
 
 
 def _parquet(storage: Storage, uri: str) -> Iterator[Entry]:
@@ -208,7 +198,7 @@ def _parquet(storage: Storage, uri: str) -> Iterator[Entry]:
             file = pq.ParquetFile(raw)
             names = file.schema_arrow.names
             if "uri" in names:
-                columns = [name for name in ("uri", "key", "size") if name in names]
+                columns = [name for name in ("uri", "key", "size", "crop", "channels") if name in names]
                 batches = file.iter_batches(columns=columns)
                 yield from _entries(uri, (row for batch in batches for row in batch.to_pylist()))
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from cluster.errors import InvalidPrompt
 from cluster.settings import MIB
 from cluster.storage import Storage, join
 from serve_app.model.prompts import Prompts
+from serve_app.model.tiles import Box
 
 MAX_TABLE_BYTES = 1024 * MIB
 COLUMNS = "image_uri and box [x0, y0, x1, y1], or points [[x, y], …] with labels [1, 0, …], or both"
@@ -27,6 +28,38 @@ class ImagePrompts:
 
     prompts: Prompts
     texts: list[str]
+    left_out: tuple[str, ...] = ()
+
+    def within(self, tiles: Sequence[Box], index: int) -> ImagePrompts:
+        """Those that are for one of an image's tiles, in its coordinates. Each is for that of the tiles it lies in
+        whose centre is nearest; `left_out` are those that lie in none."""
+        least, most = self._extents()
+        x, y, width, height = np.array(tiles).T
+        first, last = np.stack([x, y], axis=1), np.stack([x + width, y + height], axis=1)
+        there = np.all((least[:, None] >= first) & (most[:, None] <= last), axis=2)
+        away = np.abs((least + most)[:, None] - first - last).max(axis=2)
+        chosen = np.where(np.any(there, axis=1), np.where(there, away, np.inf).argmin(axis=1), -1)
+        rows = np.flatnonzero(chosen == index)
+        boxes, points, labels = self.prompts.boxes, self.prompts.points, self.prompts.labels
+        corner = first[index].astype(np.float32)
+        moved = Prompts(
+            None if boxes is None else boxes[rows] - np.tile(corner, 2),
+            None if points is None or labels is None else np.where(labels[rows, :, None] < 0, 0, points[rows] - corner),
+            None if labels is None else labels[rows],
+        )
+        lost = tuple(self.texts[row] for row in np.flatnonzero(chosen < 0))
+        return ImagePrompts(moved, [self.texts[row] for row in rows], lost)
+
+    def _extents(self) -> tuple[np.ndarray, np.ndarray]:
+        """(least, most) [N, 2] x and y that each prompt reaches."""
+        corners: list[np.ndarray] = []
+        if self.prompts.boxes is not None:
+            corners += [self.prompts.boxes[:, None, :2], self.prompts.boxes[:, None, 2:]]
+        if self.prompts.points is not None and self.prompts.labels is not None:
+            real, first = self.prompts.labels[..., None] >= 0, self.prompts.points[:, :1]
+            corners.append(np.where(real, self.prompts.points, first))
+        every = np.concatenate(corners, axis=1)
+        return every.min(axis=1), every.max(axis=1)
 
     @property
     def type(self) -> str:

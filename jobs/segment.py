@@ -6,27 +6,32 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from cluster import memory
-from cluster.errors import CellrayError, InvalidInput, NotFound
+from cluster.errors import CellrayError, InvalidInput, InvalidPrompt, NotFound
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute
 from jobs import driver, images, prompts, replicas
 from jobs.driver import Job
 from jobs.embed import embedding, failed
-from jobs.images import Entry, ReadImage
+from jobs.images import Entry
+from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
 from jobs.shards import Pipeline, Progress, measured, sound
+from jobs.views import View
 from serve_app import dataset
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.dataset import ShardWriter
+from serve_app.model import masks, tiles
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import DecodeRequest, GridOptions, crops
 
@@ -45,13 +50,18 @@ EPILOG = """examples:
 DEFAULT_GRID = 32
 
 
+Stored = tuple[str, int, str]  # file, row, and what part of the image it is; a row of FAILED is not there
+FAILED = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One image to segment: its prompts (None: the grid), and its embedding's (file, row) if that is stored."""
+    """One image to segment, or a part of it: its prompts (None: the grid), and its embeddings if those are stored."""
 
     entry: Entry
     prompts: ImagePrompts | None
-    stored: tuple[str, int] | None
+    stored: Sequence[Stored] = ()
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def _run(job: Job) -> int:
     arguments = job.arguments
     options = _options(arguments)
     generation, before = driver.generation(job)
-    entries = images.find(job.storage, job.input)
+    entries = images.find(job.storage, job.input, driver.view(arguments))
     table = prompts.read(job.storage, arguments.prompts, job.input) if arguments.prompts else None
     if table is not None:
         entries = _prompted(table, entries, job)
@@ -95,10 +105,11 @@ def _run(job: Job) -> int:
 
     def sources(index: int) -> list[Source]:
         entries = listing.shard(index)
-        return [Source(entry, table[entry.uri] if table else None, stored.get(entry.uri)) for entry in entries]
+        return [Source(entry, table[entry.uri] if table else None, stored.get(entry.uri, ())) for entry in entries]
 
     facts = {
         "input": job.input,
+        "view": driver.view(arguments),
         "listing": listing.fingerprint,
         "images": listing.images,
         "shard_images": arguments.shard_images,
@@ -120,6 +131,10 @@ def _run(job: Job) -> int:
 
 def _options(arguments: argparse.Namespace) -> Options:
     from_embeddings = arguments.embeddings is not None
+    if from_embeddings and driver.view(arguments):
+        raise InvalidInput(
+            "--embeddings has the planes, channels and tiles that it was made of: leave those options out"
+        )
     if arguments.prompts:
         return Options(arguments.multimask, None, from_embeddings)
     if arguments.multimask:
@@ -152,11 +167,11 @@ def _hash(table: dict[str, ImagePrompts]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, tuple[str, int]]:
-    """Image URI → (embeddings file, row). Raises where nothing matches, or another encoder made the data set."""
+def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, list[Stored]]:
+    """Image URI → its rows. Raises where nothing matches, or another encoder made the data set."""
     found = dataset.open(job.arguments.embeddings, job.storage)
     wanted = {entry.uri for index in range(len(listing)) for entry in listing.shard(index)}
-    rows: dict[str, tuple[str, int]] = {}
+    rows: dict[str, list[Stored]] = {}
     known = ""
     for uri, record in found.files(dataset.EMBEDDINGS):
         if record.encoder_sha256 != info.encoder_sha256:
@@ -164,18 +179,40 @@ def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, tuple[str,
                 f"{found.uri} was made by another encoder ({record.encoder_sha256[:12]}…) than that of {info.name} "
                 f"({info.encoder_sha256[:12]}…): embed the images with {info.name} first"
             )
-        names = found.read(uri, ["image_uri"])["image_uri"].to_pylist()
-        for row, (image_uri, stands) in enumerate(zip(names, found.stands(record, names), strict=True)):
+        names, parts = found.read(uri, ["image_uri", "part"]).to_pydict().values()
+        for row, (image_uri, part, stands) in enumerate(zip(names, parts, found.stands(record, names), strict=True)):
             known = image_uri
             if stands and image_uri in wanted:
-                rows[image_uri] = uri, row
+                rows.setdefault(image_uri, []).append((uri, row, part))
     if not rows:
         example = f"its images are like {known}" if known else "it holds no embeddings"
         raise NotFound(f"{found.uri} has none of the {listing.images} images of {job.input}: {example}")
+    failed = found.table(dataset.ERRORS, ["image_uri", "part"])
+    for image_uri, part in zip(*failed.to_pydict().values(), strict=True):
+        if part and image_uri in rows:
+            rows[image_uri].append(("", FAILED, part))
     return rows
 
 
-Item = tuple[Source, Embedding | ReadImage]
+def _parts_of(source: Source) -> Iterator[Source]:
+    """An image whose parts have embeddings, part by part, planes together; one that is whole as it is."""
+    if not any(part for _, _, part in source.stored):
+        yield source
+        return
+    planes: dict[View, list[tuple[tuple[int, ...], Stored]]] = {}
+    for one in source.stored:
+        view = View.parse(one[2])
+        planes.setdefault(replace(view, xywh=""), []).append((view.numbers("xywh") if view.xywh else (), one))
+    for number, (plane, rows) in enumerate(planes.items(), 1):
+        rows.sort(key=lambda row: row[0][1::-1])
+        boxes = tuple((x, y, width, height) for box, _ in rows if box for x, y, width, height in [box])
+        for index, (_, one) in enumerate(rows):
+            last = index + 1 == len(rows)
+            part = Part(source.entry, plane, boxes, index, last, last and number == len(planes))
+            yield replace(source, stored=[one], part=part)
+
+
+Item = tuple[Source, Embedding | ReadImage] | None  # None: a tile without prompts
 Embedded = tuple[Embedding, list[np.ndarray]]  # of the whole image, and of its crops
 Answer = tuple[Embedding, MaskSet]
 
@@ -191,26 +228,47 @@ class _Segmenter:
         self.decode = replicas.decoder(info, timeout_s)
         self.automask = replicas.automask(info, options.grid, timeout_s) if options.grid else None
 
+    def parts(
+        self, sources: Sequence[Source], pipeline: Pipeline[Source, Any, Any], poisoned: frozenset[str]
+    ) -> Iterator[Source]:
+        """Part by part; a tile with the prompts that are for it."""
+        if self.options.from_embeddings:
+            found: Iterable[Source] = (part for source in sources for part in _parts_of(source))
+        else:
+            found = expanded(sources, lambda entry: pipeline.persist(lambda: self._fetch(entry)), self.limits, poisoned)
+        for source in found:
+            if source.prompts is not None and source.part is not None and source.part.tiles:
+                yield replace(source, prompts=source.prompts.within(source.part.tiles, source.part.index))
+            else:
+                yield source
+
+    def _fetch(self, entry: Entry) -> bytes:
+        return images.content(self.storage, entry, self.limits.image_bytes)
+
     def read(self, source: Source) -> Item:
+        if source.prompts is not None and not source.prompts.texts:
+            return None
         if not self.options.from_embeddings:
-            return source, images.read(self.storage, source.entry, self.info.image_size, self.limits, self.options.grid)
-        if source.stored is None:
+            part = source.part or only_part(source.entry, self._fetch(source.entry), self.limits)
+            return source, part.read(self.info.image_size, self.options.grid)
+        if not source.stored or source.stored[0][1] == FAILED:
             raise NotFound("its embedding is not in the data set: it failed there, or was added later")
-        uri, row = source.stored
+        ((uri, row, _),) = source.stored
         return source, next(dataset.open_embeddings(self.storage, uri, [row]))
 
-    def call(self, items: list[Item]) -> list[Answer | CellrayError]:
-        embeddings = self._embed([item for _, item in items])
-        pairs = zip((source for source, _ in items), embeddings, strict=True)
+    def call(self, items: list[Item]) -> list[Answer | CellrayError | None]:
+        there = [item for item in items if item is not None]
+        embeddings = self._embed([item for _, item in there])
+        pairs = zip((source for source, _ in there), embeddings, strict=True)
         ready = [(source, one) for source, one in pairs if not isinstance(one, CellrayError)]
-        found = iter(self._segment(ready) if ready else [])
-        answers: list[Answer | CellrayError] = []
-        for one in embeddings:
-            if isinstance(one, CellrayError):
+        found, made = iter(self._segment(ready) if ready else []), iter(embeddings)
+        answers: list[Answer | CellrayError | None] = []
+        for one in (None if item is None else next(made) for item in items):
+            if one is None or isinstance(one, CellrayError):
                 answers.append(one)
                 continue
-            masks = next(found)
-            answers.append(masks if isinstance(masks, CellrayError) else (one[0], masks))
+            seen = next(found)
+            answers.append(seen if isinstance(seen, CellrayError) else (one[0], seen))
         return answers
 
     def _embed(self, items: list[Embedding | ReadImage]) -> list[Embedded | CellrayError]:
@@ -269,46 +327,97 @@ def _shard(
         sound(source.entry, poisoned)
         return segmenter.read(source)
 
-    pipeline = Pipeline[Source, Item, Answer](
-        read, segmenter.call, lambda source: source.entry.cost + held, batch, progress
+    pipeline = Pipeline[Source, Item, Answer | None](
+        read, segmenter.call, lambda source: cost(source) + held, batch, progress
     )
     with ShardWriter(segmenter.storage, out, NAME, index, metadata) as writer:
-        for done in pipeline.run(sources):
-            progress.images += 1
-            uri = done.source.entry.uri
-            writer.supersede(uri)
+        failures = 0
+        pieces: list[Piece] = []
+        for rows, done in enumerate(pipeline.run(segmenter.parts(sources, pipeline, poisoned)), 1):
+            source, entry, part = done.source, done.source.entry, done.source.part
+            writer.supersede(entry.uri)
             if isinstance(done.item, tuple) and isinstance(done.item[1], ReadImage):
                 progress.encoder_calls += 1 + len(done.item[1].crops)
+            errors = _beyond_tiles(source) if part and part.index == 0 else []
             if isinstance(done.item, CellrayError):
-                progress.errors += 1
-                writer.add(dataset.ERRORS, dataset.error_row(uri, "read", done.item))
+                errors.append(dataset.error_row(entry.uri, "read", done.item, name_of(source)))
             elif isinstance(done.result, CellrayError):
-                progress.errors += 1
-                writer.add(dataset.ERRORS, dataset.error_row(uri, "segment", done.result))
+                errors.append(dataset.error_row(entry.uri, "segment", done.result, name_of(source)))
             elif done.result is not None:
-                made, found = done.result
-                texts, kind = _prompt_texts(done.source, found, options)
-                writer.add(dataset.MASKS, dataset.mask_rows(found, made, uri, info.decoder_sha256, kind, texts))
-                progress.masks += len(found)
-            if progress.images % batch == 0:
+                pieces.append((source, *done.result))
+            for row in errors:
+                writer.add(dataset.ERRORS, row)
+            failures += len(errors)
+            if part is None or part.last:
+                if pieces:
+                    writer.add(dataset.MASKS, made := _rows(pieces, info, options))
+                    progress.masks += len(made)
+                pieces = []
+            if part is None or part.ends:
+                progress.images += 1
+                progress.errors += failures > 0
+                failures = 0
+            if rows % batch == 0:
                 yield measured(progress)
         record = writer.commit()
     progress.bytes_written = sum(file.bytes for file in record.files)
     yield measured(progress)
 
 
-def _prompt_texts(source: Source, found: MaskSet, options: Options) -> tuple[dict[int, str], str]:
-    """Each mask's prompt as JSON, by prompt index, and the kind."""
+def _beyond_tiles(source: Source) -> list[pa.Table]:
+    """Errors of a plane's prompts that are for no tile."""
+    if source.prompts is None or source.part is None or not source.part.tiles:
+        return []
+    side, found = max(source.part.tiles[0][2:]), []
+    for text in source.prompts.left_out:
+        error = InvalidPrompt(
+            f"{text} lies in no tile of {side} px: outside the image, or larger than --overlap lets be whole in one"
+        )
+        found.append(dataset.error_row(source.entry.uri, "segment", error, source.part.plane.part))
+    return found
+
+
+Piece = tuple[Source, Embedding, MaskSet]  # of a plane: the whole, or a tile
+
+
+def _rows(pieces: list[Piece], info: ModelInfo, options: Options) -> pa.Table:
+    """A plane's masks, in its own coordinates."""
+    source, _, found = pieces[0]
+    owner = np.zeros(len(found), int)
+    if source.part is not None and source.part.tiles:
+        placed = [(one, piece.part.box) for piece, _, one in pieces if piece.part and piece.part.box]
+        if options.grid:
+            found, owner = tiles.merged(placed, source.part.whole)
+        else:
+            parts = [masks.place(one, box[:2], source.part.whole) for one, box in placed]
+            found = MaskSet.join(source.part.whole, parts, info.channels)
+            owner = np.repeat(np.arange(len(parts)), [len(one) for one in parts])
+    texts = [_prompt_texts(piece, one, options) for piece, _, one in pieces]
+    return dataset.mask_rows(
+        found,
+        [pieces[place][1] for place in owner],
+        source.entry.uri,
+        source.part.plane.part if source.part else name_of(source),
+        info.decoder_sha256,
+        "grid" if source.prompts is None else source.prompts.type,
+        [texts[place][prompt] for place, prompt in zip(owner, found.prompt_index, strict=True)],
+    )
+
+
+def _prompt_texts(source: Source, found: MaskSet, options: Options) -> dict[int, str]:
+    """Each mask's prompt as JSON, by prompt index, in coordinates of the plane."""
     if source.prompts is not None:
-        return dict(enumerate(source.prompts.texts)), source.prompts.type
+        return dict(enumerate(source.prompts.texts))
     assert options.grid is not None
+    corner = np.array(source.part.corner if source.part else (0, 0))
     whole, *parts = crops(found.size, options.grid)
-    asked = [({"points": point, "labels": [1]}) for point in whole.points().tolist()]
+    asked = [({"points": point, "labels": [1]}) for point in (whole.points() + corner).tolist()]
     for crop in parts:
         x0, y0, x1, y1 = crop.box
-        box = [x0, y0, x1 - x0, y1 - y0]
-        asked += [{"points": point, "labels": [1], "crop_box": box} for point in crop.points().tolist()]
-    return {int(index): json.dumps(asked[index]) for index in found.prompt_index}, "grid"
+        box = [x0 + int(corner[0]), y0 + int(corner[1]), x1 - x0, y1 - y0]
+        points = (crop.points() + corner).tolist()
+        asked += [{"points": point, "labels": [1], "crop_box": box} for point in points]
+    return {int(index): json.dumps(asked[index]) for index in found.prompt_index}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Generic, TypeVar, cast
 
 import ray
@@ -22,6 +24,7 @@ from cluster.settings import MIB, Settings
 from cluster.storage import Storage
 from jobs import images
 from jobs.images import Entry
+from jobs.parts import parts
 from serve_app.service import foreign
 
 Source = TypeVar("Source")
@@ -86,8 +89,9 @@ class Pipeline(Generic[Source, Item, Result]):
         self.read, self.call, self.cost, self.batch, self.progress = read, call, cost, batch, progress
         self.lock = threading.Lock()
 
-    def run(self, sources: Sequence[Source]) -> Iterator[Done[Source, Item, Result]]:
-        waiting = deque(sources)
+    def run(self, sources: Iterable[Source]) -> Iterator[Done[Source, Item, Result]]:
+        coming = iter(sources)
+        waiting = deque(islice(coming, 1))
         reading: deque[tuple[Source, Future[Item | CellrayError]]] = deque()
         calling: deque[Future[list[Done[Source, Item, Result]]]] = deque()
         held = 0
@@ -97,6 +101,7 @@ class Pipeline(Generic[Source, Item, Result]):
                 while waiting and (not held or held + self.cost(waiting[0]) <= IN_FLIGHT_BYTES):
                     held += self.cost(waiting[0])
                     reading.append((waiting[0], readers.submit(self._read, waiting.popleft())))
+                    waiting += islice(coming, 1)
                 if reading and len(calling) < CALLS:
                     chosen = [reading.popleft() for _ in range(min(self.batch, len(reading)))]
                     items = [(source, future.result()) for source, future in chosen]
@@ -112,7 +117,7 @@ class Pipeline(Generic[Source, Item, Result]):
     def _read(self, source: Source) -> Item | CellrayError:
         start = time.perf_counter()
         try:
-            return self._persist(lambda: self.read(source))
+            return self.persist(lambda: self.read(source))
         except CellrayError as error:
             if error.retry:
                 raise
@@ -129,13 +134,13 @@ class Pipeline(Generic[Source, Item, Result]):
 
     def _answers(self, items: list[Item]) -> list[Result | CellrayError]:
         try:
-            return self._persist(lambda: self.call(items))
+            return self.persist(lambda: self.call(items))
         except CellrayError as error:
             if error.retry or isinstance(error, Conflict):
                 raise
             return [error] * len(items)
 
-    def _persist(self, attempt: Callable[[], Any]) -> Any:
+    def persist(self, attempt: Callable[[], Any]) -> Any:
         """Try until it answers; an error of its own that will not go away is raised at once."""
         for left in reversed(range(ATTEMPTS)):
             try:
@@ -229,7 +234,10 @@ def _deadly(settings: Settings, entries: Iterable[Entry]) -> frozenset[str]:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def _read_alone(settings: Settings, entry: Entry) -> None:
-    images.read(Storage(settings.storage), entry, PROBE_PX, settings.limits)
+    data = images.content(Storage(settings.storage), entry, settings.limits.image_bytes)
+    for part in parts(entry, data, settings.limits):
+        with suppress(CellrayError):
+            part.read(PROBE_PX)
 
 
 def sound(entry: Entry, poisoned: frozenset[str]) -> None:

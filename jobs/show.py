@@ -6,7 +6,7 @@ import base64
 import colorsys
 import html
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from cluster.errors import CellrayError, InvalidInput
 from cluster.settings import Settings
 from cluster.storage import Storage
-from jobs import images
+from jobs import images, parts
 from jobs.images import Entry
+from jobs.views import View
 from serve_app import dataset
 from serve_app.dataset import Dataset
 from serve_app.model import masks, preprocess
@@ -31,6 +32,9 @@ MAX_MASKS = 200  # drawn on one thumbnail, largest first
 FILL = 0.45
 GOLDEN = 0.618034  # hues a golden ratio apart stay distinct, however many
 PAPER, INK, DIM, RED = (250, 250, 248), (34, 34, 34), (120, 120, 120), (176, 0, 32)
+
+
+Plane = tuple[str, str]  # image URI, and what part of it
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,21 @@ def write(settings: Settings, out: str, folder: Path, limit: int) -> tuple[Path,
     """
     storage = Storage(settings.storage)
     found = dataset.open(out, storage)
-    by_image: dict[str, list[dict[str, Any]]] = {}
-    for row in found.table(dataset.MASKS, ["image_uri", "segmentation", "area"]).to_pylist():
-        by_image.setdefault(row["image_uri"], []).append(row)
-    embedded = found.table(dataset.EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()
-    errors: dict[str, dict[str, Any]] = {}
+    by_image: dict[Plane, list[dict[str, Any]]] = {}
+    for row in found.table(dataset.MASKS, ["image_uri", "part", "segmentation", "area"]).to_pylist():
+        by_image.setdefault(_plane(row), []).append(row)
+    embedded = map(_plane, found.table(dataset.EMBEDDINGS, ["image_uri", "part"]).to_pylist())
+    errors: dict[Plane, dict[str, Any]] = {}
     for row in found.table(dataset.ERRORS).to_pylist():
-        errors.setdefault(row["image_uri"], row)  # the first job to fail says why
-    names = sorted(set(embedded) | set(by_image) | set(errors))
+        errors.setdefault(_plane(row), row)  # the first job to fail says why
+    names = sorted({*embedded, *by_image, *errors})
     if not names:
         raise InvalidInput(f"{found.uri} holds no committed images yet")
-    shown = images.by_name(storage, names[:limit])
-    tiles = [_tile(storage, settings, one, by_image.get(uri, []), errors.get(uri)) for uri, one in shown.items()]
+    shown = images.by_name(storage, [uri for uri, _ in names[:limit]])
+    tiles = [
+        _tile(storage, settings, shown[name[0]], name[1], by_image.get(name, []), errors.get(name))
+        for name in names[:limit]
+    ]
     model, trained = _model(found)
     title = f"{len(names)} images, {sum(map(len, by_image.values()))} masks, {len(errors)} errors · {model}"
     warning = "" if trained else "untrained model: random weights, these masks mean nothing"
@@ -75,6 +82,10 @@ def write(settings: Settings, out: str, folder: Path, limit: int) -> tuple[Path,
     return page, picture
 
 
+def _plane(row: dict[str, Any]) -> Plane:
+    return row["image_uri"], str(replace(View.parse(row["part"]), xywh=""))
+
+
 def _model(found: Dataset) -> tuple[str, bool]:
     """(name, whether trained), from the footer of a committed file."""
     for name in (dataset.MASKS, dataset.EMBEDDINGS, dataset.ERRORS):
@@ -86,14 +97,19 @@ def _model(found: Dataset) -> tuple[str, bool]:
 
 
 def _tile(
-    storage: Storage, settings: Settings, entry: Entry, rows: list[dict[str, Any]], error: dict[str, Any] | None
+    storage: Storage,
+    settings: Settings,
+    entry: Entry,
+    plane: str,
+    rows: list[dict[str, Any]],
+    error: dict[str, Any] | None,
 ) -> Tile:
-    name = entry.uri.rsplit("/", 1)[-1]
+    name = "#".join(filter(None, (entry.uri.rsplit("/", 1)[-1], plane)))
     if error is not None and not rows:
         return Tile(None, name, f"{error['error_type']}: {error['message']}")
     try:
         data = images.content(storage, entry, settings.limits.image_bytes)
-        pixels = preprocess.decode(data, settings.limits.image_pixels)
+        pixels = parts.pixels(data, View.parse(entry.view).crop, plane, settings.limits.image_pixels)
     except CellrayError as problem:
         return Tile(None, name, f"{type(problem).__name__}: {problem}")
     facts = f"{pixels.shape[1]} × {pixels.shape[0]}, {len(rows)} mask{'s' * (len(rows) != 1)}"

@@ -23,7 +23,7 @@ from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, Dataset, Record, ShardF
 FILES_AT_ONCE = 4
 BATCH_ROWS = 4096
 NOTHING = np.zeros(0, np.uint64)
-KEYS = {EMBEDDINGS: ("image_uri",), MASKS: ("image_uri", "mask_index"), ERRORS: ("image_uri",)}  # once in a job's rows
+KEYS = {EMBEDDINGS: ("image_uri", "part"), MASKS: ("image_uri", "part", "mask_index"), ERRORS: ("image_uri", "part")}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _contents(found: Dataset, record: Record, file: ShardFile) -> tuple[list[str
                 wrong += not _plausible(batch.to_pylist()[0])
         if wrong:
             faults.append(f"{wrong} embeddings are not finite {DTYPE} numbers of their shape")
-        if file.dataset == EMBEDDINGS and tuple(ids) != record.embedding_ids:
+        if file.dataset == EMBEDDINGS and tuple(ids) != record.ids(file):
             faults.append("its rows are not the record's embedding_ids")
     return faults, np.concatenate(numbers)
 

@@ -23,9 +23,10 @@ def decoder_deployment(model: str) -> str:
     return f"{model}-decoder"
 
 
-def image_id(data: bytes) -> str:
-    """sha256 of the image file's bytes, hex."""
-    return hashlib.sha256(data).hexdigest()
+def image_id(data: bytes, part: str = "") -> str:
+    """sha256 of the image file's bytes, hex; of a part of it, sha256 over that and the part's name."""
+    whole = hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
 
 
 def embedding_id(image: str, encoder_sha256: str, dtype: str) -> str:

@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -54,6 +54,9 @@ SCHEMAS = {
             ("image_id", pa.string()),
             ("image_uri", pa.string()),
             ("key", pa.string()),
+            ("part", pa.string()),
+            ("x", pa.int32()),
+            ("y", pa.int32()),
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("input_width", pa.int32()),
@@ -72,6 +75,7 @@ SCHEMAS = {
             ("image_id", pa.string()),
             ("embedding_id", pa.string()),
             ("image_uri", pa.string()),
+            ("part", pa.string()),
             ("mask_index", pa.int32()),
             ("segmentation", pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
             ("bbox", pa.list_(pa.float32())),
@@ -86,18 +90,31 @@ SCHEMAS = {
             ("decoder_sha256", pa.string()),
         ]
     ),
-    ERRORS: pa.schema([(name, pa.string()) for name in ("image_uri", "stage", "error_type", "message", "attempt")]),
+    ERRORS: pa.schema(
+        [(name, pa.string()) for name in ("image_uri", "part", "stage", "error_type", "message", "attempt")]
+    ),
 }
 
 
-def embedding_row(embedding: Embedding, image_uri: str, pooled: np.ndarray, key: str | None = None) -> pa.Table:
-    """One row of `embeddings`; `embedding` is C-order little-endian float16."""
+def embedding_row(
+    embedding: Embedding,
+    image_uri: str,
+    pooled: np.ndarray,
+    key: str | None = None,
+    part: str = "",
+    corner: tuple[int, int] = (0, 0),
+) -> pa.Table:
+    """One row of `embeddings`; `embedding` is C-order little-endian float16. `part` says what of the file it is, empty
+    for the whole, and `corner` (x, y) where a tile begins."""
     height, width = embedding.original
     row = {
         "embedding_id": embedding.embedding_id,
         "image_id": embedding.image_id,
         "image_uri": image_uri,
         "key": key,
+        "part": part,
+        "x": corner[0],
+        "y": corner[1],
         "width": width,
         "height": height,
         "input_width": embedding.input[1],
@@ -129,19 +146,21 @@ def embedding_of(row: dict[str, Any]) -> Embedding:
 
 def mask_rows(
     found: MaskSet,
-    embedding: Embedding,
+    embeddings: Sequence[Embedding],
     image_uri: str,
+    part: str,
     decoder_sha256: str,
     prompt_type: str,
-    prompts: Mapping[int, str],
+    prompts: Sequence[str],
 ) -> pa.Table:
-    """Rows of `masks` for one image; `prompts[i]` is prompt i as JSON."""
+    """Rows of `masks` for one image; `embeddings[i]` is what mask i was made from, `prompts[i]` its prompt as JSON."""
     size = list(found.size)
     rows = [
         {
-            "image_id": embedding.image_id,
-            "embedding_id": embedding.embedding_id,
+            "image_id": embeddings[index].image_id,
+            "embedding_id": embeddings[index].embedding_id,
             "image_uri": image_uri,
+            "part": part,
             "mask_index": index,
             "segmentation": {"size": size, "counts": found.counts[index]},
             "bbox": found.boxes[index],
@@ -149,10 +168,10 @@ def mask_rows(
             "predicted_iou": found.predicted_iou[index],
             "stability_score": found.stability[index],
             "prompt_type": prompt_type,
-            "prompt": prompts[int(found.prompt_index[index])],
+            "prompt": prompts[index],
             "box_score": None,
             "object_embedding": found.object_embeddings[index],
-            "model": embedding.model,
+            "model": embeddings[index].model,
             "decoder_sha256": decoder_sha256,
         }
         for index in range(len(found))
@@ -160,9 +179,10 @@ def mask_rows(
     return pa.Table.from_pylist(rows, SCHEMAS[MASKS])
 
 
-def error_row(image_uri: str, stage: str, error: Exception, attempt: int = 1) -> pa.Table:
+def error_row(image_uri: str, stage: str, error: Exception, part: str = "", attempt: int = 1) -> pa.Table:
     row = {
         "image_uri": printable(image_uri),
+        "part": part,
         "stage": stage,
         "error_type": type(error).__name__,
         "message": str(error),
@@ -189,7 +209,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Record:
-    """What makes a shard exist. `embedding_ids` are those of its embeddings file, in row order; `supersedes` are the
+    """What makes a shard exist. `embedding_ids` are those of its embeddings files, in row order; `supersedes` are the
     URIs of the images whose rows of earlier generations it takes the place of."""
 
     job: str
@@ -203,6 +223,12 @@ class Record:
 
     def rows(self, dataset: str) -> int:
         return sum(file.rows for file in self.files if file.dataset == dataset)
+
+    def ids(self, file: ShardFile) -> tuple[str, ...]:
+        """The embedding ids of one of its files, in row order."""
+        before = self.files[: self.files.index(file)]
+        first = sum(one.rows for one in before if one.dataset == EMBEDDINGS)
+        return self.embedding_ids[first : first + file.rows] if file.dataset == EMBEDDINGS else ()
 
     def to_json(self) -> bytes:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}).encode()
@@ -234,6 +260,8 @@ class ShardWriter:
         self.writers: dict[str, pq.ParquetWriter] = {}
         self.waiting: dict[str, list[pa.Table]] = {}
         self.rows: dict[str, int] = {}
+        self.paths: dict[str, Path] = {}
+        self.written: list[tuple[str, Path, int]] = []  # data set, file, rows
         self.embedding_ids: list[str] = []
         self.supersedes: list[str] = []
 
@@ -249,6 +277,8 @@ class ShardWriter:
 
     def add(self, dataset: str, table: pa.Table) -> None:
         """Append rows. Embeddings go to disk at once, one row a row group; the rest in groups of thousands."""
+        if dataset == EMBEDDINGS and self.rows.get(dataset) == MAX_ROWS_A_FILE:
+            self._close(dataset)
         if dataset not in self.writers:
             self.writers[dataset] = self._open(dataset)
             self.waiting[dataset], self.rows[dataset] = [], 0
@@ -263,20 +293,27 @@ class ShardWriter:
 
     def supersede(self, image_uri: str) -> None:
         """What earlier generations have of an image ends with this shard, whether or not it has rows of it."""
-        if self.generation:
-            self.supersedes.append(printable(image_uri))
+        uri = printable(image_uri)
+        if self.generation and self.supersedes[-1:] != [uri]:
+            self.supersedes.append(uri)
 
     def _open(self, dataset: str) -> pq.ParquetWriter:
         schema = SCHEMAS[dataset]
+        self.paths[dataset] = self.folder / f"{dataset}-{len(self.written)}.parquet"
         plain = ["embedding"] if dataset == EMBEDDINGS else []  # a blob: nothing to gain from dictionary or codec
         columns = [field.name for field in schema if field.name not in plain]
         return pq.ParquetWriter(
-            self.folder / f"{dataset}.parquet",
+            self.paths[dataset],
             schema.with_metadata({f"cellray.{key}": value for key, value in self.metadata.items()}),
             compression={leaf: "none" if leaf in plain else "zstd" for leaf in _leaves(schema)},
             use_dictionary=[name for name in columns if dataset != EMBEDDINGS],
             write_statistics=[name for name in columns if name in ("image_uri", "image_id", "area", "model")],
         )
+
+    def _close(self, dataset: str) -> None:
+        self._flush(dataset)
+        self.writers.pop(dataset).close()
+        self.written.append((dataset, self.paths.pop(dataset), self.rows.pop(dataset)))
 
     def _flush(self, dataset: str) -> None:
         if self.waiting[dataset]:
@@ -290,11 +327,13 @@ class ShardWriter:
         Raises:
             Conflict: a file of another plan is in the way.
         """
-        files = []
-        for dataset, writer in self.writers.items():
-            self._flush(dataset)
-            writer.close()
-            files.append(self._publish(dataset, f"{dataset}/{self.job}-{self.generation:03d}-{self.shard:06d}.parquet"))
+        for dataset in list(self.writers):
+            self._close(dataset)
+        files: list[ShardFile] = []
+        for dataset, local, rows in self.written:
+            number = sum(file.dataset == dataset for file in files)
+            name = f"{self.job}-{self.generation:03d}-{self.shard:06d}" + (f"-{number:02d}" if number else "")
+            files.append(self._publish(dataset, f"{dataset}/{name}.parquet", local, rows))
         record = Record(
             job=self.job,
             generation=self.generation,
@@ -317,10 +356,10 @@ class ShardWriter:
             return theirs
         return record
 
-    def _publish(self, dataset: str, path: str) -> ShardFile:
+    def _publish(self, dataset: str, path: str, local: Path, rows: int) -> ShardFile:
         """Of a killed predecessor's file at `path`, of the same plan, the same rows are taken over (bits may differ);
         beside other rows, as where an image failed that now did not, ours stand under a name of their own."""
-        uri, local, rows = join(self.out, path), self.folder / f"{dataset}.parquet", self.rows[dataset]
+        uri = join(self.out, path)
         try:
             if self.out:
                 self.storage.publish(uri, local)
@@ -334,7 +373,7 @@ class ShardWriter:
             if there != plan:
                 raise
             if kept != own:
-                return self._publish(dataset, f"{path.removesuffix('.parquet')}-{own}.parquet")
+                return self._publish(dataset, f"{path.removesuffix('.parquet')}-{own}.parquet", local, rows)
             return ShardFile(dataset, path, rows, self.storage.size(uri), self.storage.sha256(uri))
         with local.open("rb") as file:
             return ShardFile(dataset, path, rows, local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
@@ -353,7 +392,9 @@ def _identity(file: IO[bytes]) -> tuple[bytes | None, str]:
     parquet = pq.ParquetFile(file)
     metadata = parquet.schema_arrow.metadata or {}
     names = [
-        name for name in ("embedding_id", "image_uri", "mask_index", "stage") if name in parquet.schema_arrow.names
+        name
+        for name in ("embedding_id", "image_uri", "part", "mask_index", "stage")
+        if name in parquet.schema_arrow.names
     ]
     rows = json.dumps(parquet.read(columns=names).to_pydict()).encode()
     return metadata.get(b"cellray.fingerprint"), hashlib.sha256(rows).hexdigest()[:12]

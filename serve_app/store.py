@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from cluster.errors import CellrayError, NotFound
 from cluster.settings import Settings
-from cluster.storage import Storage
+from cluster.storage import Storage, join
 from serve_app import dataset
 from serve_app.contract import Embedding
 
@@ -79,6 +79,8 @@ class EmbeddingStore:
                 except CellrayError as error:
                     log.warning(f"data set {uri} could not be read: {error}")
                     continue
-                for file, record in found.files(dataset.EMBEDDINGS):
-                    self.index |= {identity: (file, row) for row, identity in enumerate(record.embedding_ids)}
+                for record in found.records:
+                    for file in record.files:
+                        places = enumerate(record.ids(file))
+                        self.index |= {identity: (join(found.uri, file.path), row) for row, identity in places}
             self.refreshed = time.monotonic()

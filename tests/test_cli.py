@@ -168,7 +168,7 @@ def test_show_draws_images_masks_and_errors(tmp_path: Path, capsys: pytest.Captu
     from cluster.storage import Storage
 
     with ShardWriter(Storage(), out, "segment", 0, metadata) as writer:
-        writer.add(dataset.MASKS, dataset.mask_rows(found, embedding, str(image), "d", "box", {0: "{}"}))
+        writer.add(dataset.MASKS, dataset.mask_rows(found, [embedding], str(image), "", "d", "box", ["{}"]))
         writer.add(dataset.ERRORS, dataset.error_row(str(tmp_path / "<b>.png"), "read", ValueError("cut short")))
         writer.commit()
     assert cli.main(["show", out, "--to", str(tmp_path / "sheet")]) == 0

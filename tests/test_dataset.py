@@ -100,8 +100,9 @@ def add_embeddings(writer: ShardWriter, numbers: Any, grid: tuple[int, int] = (4
 def add_masks(writer: ShardWriter, numbers: Any) -> None:
     for number in numbers:
         found = mask_set(number)
-        prompts = {index: json.dumps({"box": [0, 0, index + 1, 1]}) for index in range(number)}
-        writer.add(MASKS, dataset.mask_rows(found, embedding(number), uri_of(number), DECODER, "box", prompts))
+        prompts = [json.dumps({"box": [0, 0, index + 1, 1]}) for index in range(number)]
+        made = [embedding(number)] * number
+        writer.add(MASKS, dataset.mask_rows(found, made, uri_of(number), "", DECODER, "box", prompts))
 
 
 def add_errors(writer: ShardWriter, numbers: Any) -> None:
@@ -180,8 +181,31 @@ def test_masks_and_errors_go_round(place: Place) -> None:
         assert json.loads(row["prompt"]) == {"box": [0, 0, index + 1, 1]}
         assert (row["prompt_type"], row["decoder_sha256"], row["box_score"]) == ("box", DECODER, None)
     assert found.table(ERRORS).to_pylist() == [
-        {"image_uri": uri_of(5), "stage": "read", "error_type": "NotFound", "message": "no 5", "attempt": "2"}
+        {
+            "image_uri": uri_of(5),
+            "part": "",
+            "stage": "read",
+            "error_type": "NotFound",
+            "message": "no 5",
+            "attempt": "2",
+        }
     ]
+
+
+def test_a_file_has_at_most_so_many_embeddings(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "MAX_ROWS_A_FILE", 3)
+    record = write(place.storage, place.uri, embeddings=range(7), errors=[8])
+    assert [(file.path, file.rows) for file in record.files] == [
+        ("embeddings/embed-000-000000.parquet", 3),
+        ("embeddings/embed-000-000000-01.parquet", 3),
+        ("embeddings/embed-000-000000-02.parquet", 1),
+        ("errors/embed-000-000000.parquet", 1),
+    ]
+    found = dataset.open(place.uri, place.storage)
+    for file in record.files[:3]:
+        table = found.read(join(place.uri, file.path), ["embedding_id"])
+        assert tuple(table["embedding_id"].to_pylist()) == record.ids(file)
+    assert found.table(EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist() == [uri_of(number) for number in range(7)]
 
 
 def test_the_record_says_what_the_files_are(place: Place) -> None:
@@ -270,9 +294,7 @@ def test_a_killed_predecessors_files_are_adopted(place: Place) -> None:
     with ShardWriter(place.storage, place.uri, "embed", 0, METADATA | {"licence": "as it was"}) as writer:
         add_embeddings(writer, range(3))
         writer.writers[EMBEDDINGS].close()
-        place.storage.publish(
-            join(place.uri, EMBEDDINGS, "embed-000-000000.parquet"), writer.folder / f"{EMBEDDINGS}.parquet"
-        )
+        place.storage.publish(join(place.uri, EMBEDDINGS, "embed-000-000000.parquet"), writer.paths[EMBEDDINGS])
     theirs = place.storage.sha256(join(place.uri, EMBEDDINGS, "embed-000-000000.parquet"))
     record = write(place.storage, place.uri, embeddings=range(3), errors=[1])
     assert record.files[0].sha256 == theirs
@@ -348,7 +370,7 @@ def test_a_shard_of_images_without_objects(place: Place) -> None:
 
 
 def test_many_masks_are_written_in_groups(tmp_path: Path) -> None:
-    one = dataset.mask_rows(mask_set(1), embedding(1), uri_of(1), DECODER, "box", {0: "{}"})
+    one = dataset.mask_rows(mask_set(1), [embedding(1)] * 9, uri_of(1), "", DECODER, "box", ["{}"] * 9)
     with ShardWriter(Storage(), str(tmp_path / "out"), "segment", 0, METADATA) as writer:
         for _ in range(3):
             writer.add(MASKS, pa.concat_tables([one] * 1500))

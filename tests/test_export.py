@@ -58,7 +58,7 @@ def mask_table(uri: str, found: np.ndarray) -> Any:
     areas, boxes = masks.areas_and_boxes(counts, SIZE)
     index = np.arange(len(found), dtype=np.int32)
     together = MaskSet(SIZE, counts, boxes, areas, one * 0.5, one, index, np.zeros((len(found), 4), np.float32))
-    return dataset.mask_rows(together, made(uri), uri, "d" * 64, "grid", dict.fromkeys(range(len(found)), "{}"))
+    return dataset.mask_rows(together, [made(uri)] * len(found), uri, "", "d" * 64, "grid", ["{}"] * len(found))
 
 
 @pytest.fixture

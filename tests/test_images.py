@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cluster.errors import InvalidImage, InvalidInput, NotFound, TooLarge
-from cluster.settings import MIB, Limits
+from cluster.settings import MIB
 from cluster.storage import File, Storage, join
 from jobs import images
 from jobs.images import Entry
@@ -217,13 +217,6 @@ def test_row_groups_that_no_memory_holds_are_refused(place: Place, monkeypatch: 
 def test_images_that_are_no_files_of_their_own(place: Place) -> None:
     with pytest.raises(InvalidInput, match="expected a folder of images"):
         list(images.files(place.storage, put(place, "x.tar", tar({"a.png": PNGS[0]}))))
-
-
-def test_an_image_is_read_to_pixels(place: Place) -> None:
-    uri = put(place, "x.tar", tar({"a.png": png(40, 20)}))
-    (entry,) = images.find(place.storage, uri)
-    made = images.read(place.storage, entry, 256, Limits())
-    assert (made.image.pixels.shape, made.image.original) == ((128, 256, 3), (20, 40))
 
 
 def test_a_million_files_are_listed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+import tifffile
 from PIL import Image
 
 from cluster import settings
@@ -194,6 +195,78 @@ def test_segments_prompts_as_the_model_does(
     assert isinstance(expected, masks.MaskSet)
     got = masks.decode([row["segmentation"]["counts"] for row in rows[1:]], image.original)
     assert min(map(masks.iou, got, expected.decode())) > 0.98  # float16 embeddings from batches of other sizes
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One image of 2 focal planes of 3 channels, with a disc each, within a tile and on a seam; and a damaged one."""
+    folder = tmp_path_factory.mktemp("stacks")
+    rows, columns = np.mgrid[:300, :400]
+    planes = np.full((2, 3, 300, 400), 500, np.uint16)
+    for z, (x, y) in enumerate([(200, 150), (80, 70)]):
+        planes[z, 1] += (20_000 * ((rows - y) ** 2 + (columns - x) ** 2 < 24**2)).astype(np.uint16)
+    names = ["blank", "DAPI", "noise"]
+    tifffile.imwrite(folder / "a.ome.tif", planes, ome=True, metadata={"axes": "ZCYX", "Channel": {"Name": names}})
+    (folder / "b.tif").write_bytes((folder / "a.ome.tif").read_bytes()[:9000])
+    return folder
+
+
+@pytest.mark.parametrize("from_embeddings", [False, True])
+def test_planes_and_tiles_are_rows_and_masks_those_of_a_plane(
+    app: App, stacks: Path, tmp_path: Path, from_embeddings: bool
+) -> None:
+    out, looked = tmp_path / "out", ["--channels", "grey=DAPI", "--z", "each", "--tile", 256, "--overlap", 64]
+    prompts = tmp_path / "boxes.csv"
+    boxes = [[176, 126, 224, 174], [56, 46, 104, 94], [100, 10, 390, 290]]
+    prompts.write_text("image_uri,box\n" + "".join(f'a.ome.tif,"{box}"\n' for box in boxes))
+    arguments = [stacks, out, "--prompts", prompts, "--max-error-rate", 1]
+    if from_embeddings:
+        assert run(embed, app, stacks, out, *looked, "--max-error-rate", 0.5) == 0
+        found = dataset.open(str(out))
+        rows = found.table(dataset.EMBEDDINGS, ["part", "x", "y", "width", "height", "image_id"]).to_pylist()
+        assert [row["part"] for row in rows[:4]] == [
+            f"channels=grey=DAPI&z=0&xywh={x},{y},256,256" for y in (0, 44) for x in (0, 144)
+        ]
+        assert [(row["x"], row["y"], row["width"]) for row in rows[2:4]] == [(0, 44, 256), (144, 44, 256)]
+        assert len({row["image_id"] for row in rows}) == len(rows) == 8
+        assert found.rows(dataset.ERRORS) >= 1
+        assert report(out, "embed")["images"] == 2
+        assert report(out, "embed")["errors"] == 1
+        assert cli.main(["verify", str(out)]) == 0
+        arguments += ["--embeddings", out]
+    else:
+        arguments += looked
+    assert run(segment, app, *arguments) == 0
+    found = dataset.open(str(out))
+    rows = found.table(dataset.MASKS).to_pylist()
+    assert [row["part"] for row in rows] == ["channels=grey=DAPI&z=0"] * 2 + ["channels=grey=DAPI&z=1"] * 2
+    assert {row["segmentation"]["size"][0] for row in rows} == {300}
+    seen = {row["part"][-1]: row for row in rows if json.loads(row["prompt"])["box"] == boxes[int(row["part"][-1])]}
+    for z, (x, y) in {"0": (200, 150), "1": (80, 70)}.items():
+        (mask,) = masks.decode([seen[z]["segmentation"]["counts"]], (300, 400))
+        around, down = np.mgrid[:300, :400]
+        assert masks.iou(mask, (around - y) ** 2 + (down - x) ** 2 < 24**2) > 0.7
+    errors = [row for row in found.table(dataset.ERRORS).to_pylist() if row["stage"] == "segment"]
+    assert [row["error_type"] for row in errors] == ["InvalidPrompt"] * 2
+    assert "lies in no tile of 256 px" in errors[0]["message"]
+
+
+def test_automatic_masks_of_tiles_are_whole_once(app: App, stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--channels", "grey=1", "--z", 0, "--tile", 256, "--overlap", 96, "--grid", 12]
+    assert (
+        run(
+            segment, app, stacks / "a.ome.tif", out, *options, "--pred-iou-thresh", 0.5, "--stability-score-thresh", 0.8
+        )
+        == 0
+    )
+    rows = dataset.open(str(out)).table(dataset.MASKS).to_pylist()
+    rows_there, columns = np.mgrid[:300, :400]
+    disc = (rows_there - 150) ** 2 + (columns - 200) ** 2 < 24**2
+    found = masks.decode([row["segmentation"]["counts"] for row in rows], (300, 400))
+    assert sum(masks.iou(mask, disc) > 0.7 for mask in found) == 1
+    assert cli.main(["verify", str(out)]) == 0
+    assert cli.main(["show", str(out), "--to", str(tmp_path / "sheet")]) == 0
 
 
 def test_a_job_on_s3_through_ray_job_submit(app: App, sample_images: Path) -> None:

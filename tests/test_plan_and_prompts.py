@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.errors import CellrayError, Conflict, InvalidImage, InvalidInput, InvalidPrompt, NotFound, TooLarge
+from cluster.errors import Conflict, InvalidInput, InvalidPrompt, NotFound
 from cluster.settings import Limits
 from cluster.storage import Storage, join
 from jobs import estimate, images, prompts
@@ -338,50 +337,13 @@ def test_a_table_that_is_missing(tmp_path: Path) -> None:
         prompts.read(Storage(), str(tmp_path / "none.csv"), BASE)
 
 
-# Images
+# Estimates
 
 
 def png(width: int = 20, height: int = 10) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), (200, 100, 50)).save(file, "PNG")
     return file.getvalue()
-
-
-def test_an_image_is_read_to_pixels_and_identity(place: Place) -> None:
-    content = png()
-    uri = join(place.uri, "a b.png")
-    place.storage.publish(uri, content)
-    read = images.read(place.storage, Entry(uri, len(content)), 256, Limits())
-    assert read.image_id == hashlib.sha256(content).hexdigest()
-    assert read.image.original == (10, 20)
-    assert read.image.input == (128, 256)
-    assert (read.image.pixels.shape, read.image.pixels.dtype) == ((128, 256, 3), np.uint8)
-    assert read.image.pixels[64, 128].tolist() == [200, 100, 50]
-
-
-@pytest.mark.parametrize(
-    ("content", "limits", "kind"),
-    [
-        (b"", Limits(), InvalidImage),
-        (b"no image", Limits(), InvalidImage),
-        (png(200, 100)[:200], Limits(), InvalidImage),
-        (png(), Limits(image_bytes=10), TooLarge),
-        (png(), Limits(image_pixels=199), TooLarge),
-        (None, Limits(), NotFound),
-    ],
-)
-def test_a_bad_image_is_an_error_of_ours(
-    tmp_path: Path, content: bytes | None, limits: Limits, kind: type[CellrayError]
-) -> None:
-    uri = str(tmp_path / "a.png")
-    if content is not None:
-        Path(uri).write_bytes(content)
-    with pytest.raises(kind) as caught:
-        images.read(Storage(), Entry(uri, 1), 256, limits)
-    assert "\n" not in str(caught.value)
-
-
-# Estimates
 
 
 def test_a_sample_is_spread_over_the_whole() -> None:

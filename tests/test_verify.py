@@ -113,7 +113,7 @@ def test_an_image_that_is_there_twice(place: Place) -> None:
     write(place, 0, range(3))
     write(place, 1, [2, 3], failed=[0, 4])
     assert faults(place) == [
-        "embeddings of embed: 1 rows are there twice, by image_uri",
+        "embeddings of embed: 1 rows are there twice, by image_uri and part",
         "1 images have an embedding and an error",
     ]
 
@@ -157,7 +157,7 @@ def test_a_later_generation_that_takes_the_place_of_nothing(whole: Place) -> Non
     again.freeze(whole.storage, whole.uri)
     write(whole, 0, [4, 0], replacing=False, fingerprint=again.fingerprint, generation="1")
     assert faults(whole) == [
-        "embeddings of embed: 1 rows are there twice, by image_uri",
+        "embeddings of embed: 1 rows are there twice, by image_uri and part",
         "1 images have an embedding and an error",
     ]
 

@@ -64,7 +64,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         raise InvalidImage("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.width, image.height, max_pixels)
+            check_size(image.width, image.height, max_pixels)
             if image.format == "TIFF" and not _pillow_keeps(image):
                 return _decode_tiff(data, max_pixels)
             return _to_rgb8(image)
@@ -80,7 +80,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         raise InvalidImage(f"the image is damaged or cut short: {error}") from error
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise TooLarge(f"the image has {width} × {height} pixels; the limit is {max_pixels} in all")
     if width < 1 or height < 1:
@@ -108,7 +108,7 @@ def _tuple(value: Any) -> tuple[int, ...]:
 def _to_rgb8(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _stretch(np.asarray(image)[..., None])
+        return stretch(np.asarray(image)[..., None])
     if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -121,36 +121,45 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = file.pages.first
-            if not isinstance(page.imagewidth, int) or not isinstance(page.imagelength, int):
-                raise InvalidImage("the TIFF's width or height is no number")
-            _check_size(page.imagewidth, page.imagelength, max_pixels)
-            if page.size > 4 * max_pixels:
-                raise TooLarge(f"the TIFF page has {page.size} samples; the limit is {4 * max_pixels}")
-            _check_strips(file, page)
-            pixels = page.asarray()
-            planar = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3
-            orientation = page.tags.get(ORIENTATION)
+            return stretch(page_pixels(file, file.pages.first, max_pixels))
     except CellrayError:
         raise
     except Exception as error:
         raise InvalidImage(f"the TIFF is damaged, or compressed in a way not read here: {error}") from error
+
+
+def page_pixels(file: Any, page: Any, max_pixels: int) -> np.ndarray:
+    """A page of tifffile's TiffFile → [h, w, samples] of the type it is kept in, upright.
+
+    Raises:
+        TooLarge, InvalidImage, UnsupportedImage; and anything, where the page is damaged.
+    """
+    key = page.keyframe  # which has what its like have in common
+    if not isinstance(key.imagewidth, int) or not isinstance(key.imagelength, int):
+        raise InvalidImage("the TIFF's width or height is no number")
+    check_size(key.imagewidth, key.imagelength, max_pixels)
+    if key.size > 4 * max_pixels:
+        raise TooLarge(f"the TIFF page has {key.size} samples; the limit is {4 * max_pixels}")
+    _check_strips(file, page)
+    pixels: np.ndarray = page.asarray()
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    elif planar:
+    elif key.planarconfig == 2 and pixels.ndim == 3:  # channels one after the other
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim != 3 or pixels.dtype.kind not in "buif":
         raise UnsupportedImage(f"a TIFF page of shape {pixels.shape} and type {pixels.dtype}")
-    return _stretch(_upright(pixels, orientation.value if orientation is not None else 1))
+    orientation = key.tags.get(ORIENTATION)
+    return _upright(pixels, orientation.value if orientation is not None else 1)
 
 
 def _check_strips(file: Any, page: Any) -> None:
     """No strip or tile inflates to more than its share of the page: tifffile would inflate it whole."""
-    if page.compression not in DEFLATES:
-        if page.compression == LZMA:
+    key = page.keyframe
+    if key.compression not in DEFLATES:
+        if key.compression == LZMA:
             raise UnsupportedImage("a TIFF compressed with LZMA")
         return
-    size = math.prod(page.chunks) * page.dtype.itemsize
+    size = math.prod(key.chunks) * key.dtype.itemsize
     for data, *_ in file.filehandle.read_segments(page.dataoffsets, page.databytecounts):
         if data and len(zlib.decompressobj().decompress(data, size + 1)) > size:
             raise InvalidImage(f"a strip of the TIFF holds more than its {size} bytes")
@@ -167,21 +176,27 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def _stretch(pixels: np.ndarray) -> np.ndarray:
+def stretch(pixels: np.ndarray) -> np.ndarray:
     """[h, w, C] of any integer or float type → [h, w, 3] uint8, by the percentiles above."""
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
-    pixels = pixels[..., :3]
-    if pixels.dtype != np.uint8:
-        values: np.ndarray = pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32)
-        low, high = np.percentile(values, STRETCH_PERCENTILES)
-        if high <= low:  # all but a few pixels are the same
-            low, high = values.min(), values.max()
-        scale = 255.0 / (high - low) if high > low else 0.0
-        pixels = np.clip((values - low) * scale + 0.5, 0, 255).astype(np.uint8)
+    pixels = stretched(pixels[..., :3])
     if pixels.shape[2] == 2:
         pixels = np.concatenate([pixels, np.zeros_like(pixels[..., :1])], axis=2)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def stretched(pixels: np.ndarray) -> np.ndarray:
+    """Of any shape, and integer or float type → uint8. Raises InvalidImage: not all are finite."""
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
+    if pixels.dtype == np.uint8:
+        return pixels
+    values: np.ndarray = pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32)
+    low, high = np.percentile(values, STRETCH_PERCENTILES)
+    if high <= low:  # all but a few pixels are the same
+        low, high = values.min(), values.max()
+    scale = 255.0 / (high - low) if high > low else 0.0
+    made: np.ndarray = np.clip((values - low) * scale + 0.5, 0, 255).astype(np.uint8)
+    return made
 
 
 def resize(pixels: np.ndarray, image_size: int) -> ModelImage:

@@ -1,0 +1,150 @@
+"""Files of several planes: focal planes (z), time points (t) and channels of a TIFF, one plane at a time.
+
+Without a choice of channels, a plane's become colours as `preprocess` says, stretched together. With one, each channel
+is stretched on its own (samples of 8 bits are kept), and a colour that none is given for is black.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from functools import cached_property
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from cluster.errors import CellrayError, InvalidImage, InvalidInput, TooLarge, UnsupportedImage
+from serve_app.model import preprocess
+
+GREY, COLOURS = "grey", {"red": 0, "green": 1, "blue": 2, "nuclear": 1, "membrane": 2}  # the last two as in CellSAM
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+UNNAMED = "IQR"  # tifffile's axes of pages that no metadata speaks of: z here
+MAX_PLANES = 100_000
+
+Channels = tuple[tuple[str, str], ...]
+
+
+def channels(text: str) -> Channels:
+    """`nuclear=1,membrane=0` → ((colour, channel), …). A channel is an index from 0, or a name.
+
+    Raises:
+        InvalidInput: not of that form, an unknown colour, or one twice.
+    """
+    pairs = [tuple(part.strip() for part in word.split("=", 1)) for word in text.split(",")]
+    names = [pair[0] for pair in pairs]
+    places = [COLOURS.get(name) for name in names]
+    once = names == [GREY] or (None not in places and len(set(places)) == len(places))
+    if not once or any(len(pair) < 2 or not pair[1] for pair in pairs):
+        raise InvalidInput(
+            f"expected channels like nuclear=1,membrane=0 or red=DAPI or grey=2, with colours of {', '.join(COLOURS)} "
+            f"(green is nuclear, blue membrane), or grey alone; found {text!r}"
+        )
+    return tuple((name, channel) for name, channel in pairs)
+
+
+class Stack:
+    """An image file to be read plane by plane, not by several threads at a time.
+
+    depths: (z, t), how many focal planes and time points it has.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        """Raises what `preprocess.decode` does; and UnsupportedImage where planes are in no known order."""
+        self.data, self.max_pixels = data, max_pixels
+        self.file: Any = None
+        self.axes, self.shape = "", tuple[int, ...]()
+        if data[:4] not in TIFF_STARTS:
+            return
+        import tifffile
+
+        try:
+            self.file = tifffile.TiffFile(io.BytesIO(data))
+            self.series = self.file.series[0]
+            inner = self.series.keyframe.axes
+            self.axes = "".join("Z" if axis in UNNAMED else axis for axis in self.series.axes.removesuffix(inner))
+            self.shape = tuple(map(int, self.series.shape[: len(self.axes)]))
+        except Exception as error:
+            raise InvalidImage(f"the TIFF is damaged: {error}") from error
+        if math.prod(self.shape) > MAX_PLANES:
+            raise TooLarge(f"the TIFF has {math.prod(self.shape)} planes; the limit is {MAX_PLANES}")
+        if len(set(self.axes)) < len(self.axes) or set(self.axes) - set("TZC") or inner not in ("YX", "YXS", "SYX"):
+            raise UnsupportedImage(f"a TIFF of axes {self.series.axes}; expected some of T, Z and C before Y and X")
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        return self._depth("Z"), self._depth("T")
+
+    def _depth(self, axis: str) -> int:
+        return self.shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The channels', as far as the file says: by OME-XML, or ImageJ's labels of the first slices."""
+        if self.file is None:
+            return []
+        try:
+            if text := self.file.ome_metadata:
+                first = ElementTree.fromstring(text).find("{*}Image/{*}Pixels")
+                return [] if first is None else [one.get("Name", "") for one in first.findall("{*}Channel")]
+            return list((self.file.imagej_metadata or {}).get("Labels", []))[: self._depth("C")]
+        except (ElementTree.ParseError, TypeError) as error:
+            raise InvalidImage(f"the TIFF's metadata is damaged: {error}") from error
+
+    def plane(self, z: int, t: int, chosen: Channels) -> np.ndarray:
+        """[height, width, 3] uint8 RGB.
+
+        Raises:
+            InvalidImage, TooLarge, UnsupportedImage: as `preprocess.decode`; and there is no such plane or channel.
+        """
+        for name, place, depth in zip("zt", (z, t), self.depths, strict=True):
+            if place >= depth:
+                raise InvalidImage(f"the image has {depth} planes along {name}, none of number {place} (from 0 on)")
+        if self.file is None:
+            pixels = preprocess.decode(self.data, self.max_pixels)
+            return self._coloured(lambda index: pixels[..., index], pixels.shape[2], chosen) if chosen else pixels
+        try:
+            return self._pages(z, t, chosen)
+        except CellrayError:
+            raise
+        except Exception as error:
+            raise InvalidImage(f"the TIFF is damaged, or compressed in a way not read here: {error}") from error
+
+    def _pages(self, z: int, t: int, chosen: Channels) -> np.ndarray:
+        read: dict[int, np.ndarray] = {}
+        samples = int(self.series.keyframe.samplesperpixel)
+
+        def channel(index: int) -> np.ndarray:
+            """[h, w]: of the pages of this plane, each with some samples."""
+            at, sample = divmod(index, samples)
+            if at not in read:
+                place = {"Z": z, "T": t, "C": at}
+                number = int(np.ravel_multi_index([place[axis] for axis in self.axes], self.shape)) if self.axes else 0
+                page = self.series.pages[number]
+                if page is None:
+                    raise InvalidImage("the plane is in another file of its OME-TIFF")
+                read[at] = preprocess.page_pixels(self.file, page, self.max_pixels)
+            return read[at][..., sample]
+
+        count = self._depth("C") * samples
+        if chosen:
+            return self._coloured(channel, count, chosen)
+        return preprocess.stretch(np.stack([channel(index) for index in range(min(count, 3))], axis=-1))
+
+    def _coloured(self, channel: Any, count: int, chosen: Channels) -> np.ndarray:
+        planes = {colour: preprocess.stretched(channel(self._index(name, count))) for colour, name in chosen}
+        if GREY in planes:
+            return np.repeat(planes[GREY][..., None], 3, axis=2)
+        first = next(iter(planes.values()))
+        pixels = np.zeros((*first.shape, 3), np.uint8)
+        for colour, plane in planes.items():
+            pixels[..., COLOURS[colour]] = plane
+        return pixels
+
+    def _index(self, name: str, count: int) -> int:
+        if name in self.names:
+            return self.names.index(name)
+        if name.isdecimal() and int(name) < count:
+            return int(name)
+        named = f", named {', '.join(self.names)}" if any(self.names) else ""
+        raise InvalidImage(f"the image has no channel {name}; it has {count}, from 0 on{named}")
