@@ -6,14 +6,13 @@ import ctypes
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-SMALL, LARGE = 256 << 10, (1 << 31) - 1  # bytes; the second is the largest int
+LARGE = (1 << 31) - 1  # bytes: the largest int
 
 
-def give_back() -> None:
-    """Freed image buffers go back to the system at once. Left alone, malloc keeps them in an arena a thread, and the
-    memory of a process that reads in threads creeps up for hundreds of images before it levels off."""
-    _mallopt(M_MMAP_THRESHOLD, SMALL)
-    _mallopt(M_ARENA_MAX, 2)
+def share() -> None:
+    """Threads take image buffers that others freed. Left alone, malloc keeps an arena a thread, and the memory of a
+    process that reads in threads creeps up for hundreds of images before it levels off."""
+    _mallopt(M_ARENA_MAX, 1)
 
 
 def keep() -> None:

@@ -121,7 +121,7 @@ def _shard(
     sources: Sequence[Source],
     poisoned: frozenset[str],
 ) -> Iterator[Progress]:
-    memory.give_back()
+    memory.share()
     storage, progress = Storage(settings.storage), Progress(index)
     encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
 

@@ -35,6 +35,11 @@ class File:
         self.kept: tuple[View, np.ndarray] | None = None
 
     @property
+    def plain(self) -> bool:
+        """Whether all that is asked for is the first page as it is."""
+        return self.stack is None and not self.view.crop
+
+    @property
     def depths(self) -> tuple[int, int]:
         """(z, t) planes."""
         return self.stack.depths if self.stack else (1, 1)
@@ -110,7 +115,10 @@ class Part:
 
     def read(self, image_size: int, grid: GridOptions | None = None) -> ReadImage:
         """Decode and resize, and cut the crops that `grid` lays over it. Raises what `File` does, and `error`."""
-        pixels = self._file.pixels(self.plane)
+        file = self._file
+        if file.plain and not self.box and not grid:
+            return ReadImage(self.image_id(), preprocess.prepare(file.data, image_size, file.max_pixels))
+        pixels = file.pixels(self.plane)
         if self.box:
             x, y, width, height = self.box
             pixels = np.ascontiguousarray(pixels[y : y + height, x : x + width])

@@ -317,7 +317,7 @@ def _shard(
     sources: Sequence[Source],
     poisoned: frozenset[str],
 ) -> Iterator[Progress]:
-    memory.give_back()
+    memory.share()
     progress = Progress(index)
     segmenter = _Segmenter(settings, info, batch, options)
     views = len(crops((info.image_size, info.image_size), options.grid)) if options.grid else 1

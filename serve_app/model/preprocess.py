@@ -60,6 +60,16 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         UnsupportedImage: of no format in FORMATS.
         InvalidImage: damaged, cut short, or with values that are not finite.
     """
+    return np.ascontiguousarray(np.asarray(_decoded(data, max_pixels)))
+
+
+def prepare(data: bytes, image_size: int, max_pixels: int) -> ModelImage:
+    """`resize` of `decode`, without a copy of the pixels between them. Raises as `decode`."""
+    return resize(_decoded(data, max_pixels), image_size)
+
+
+def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
+    """An RGB image, or its pixels as `decode` gives them."""
     if not data:
         raise InvalidImage("the file is empty")
     try:
@@ -105,14 +115,15 @@ def _tuple(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _to_rgb8(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
+def _to_rgb8(image: Image.Image) -> Image.Image | np.ndarray:
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         return stretch(np.asarray(image)[..., None])
     if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
@@ -199,13 +210,14 @@ def stretched(pixels: np.ndarray) -> np.ndarray:
     return made
 
 
-def resize(pixels: np.ndarray, image_size: int) -> ModelImage:
-    """[height, width, 3] uint8 → the same image with its long side at `image_size`, as ResizeLongestSide does."""
-    original = pixels.shape[0], pixels.shape[1]
+def resize(image: np.ndarray | Image.Image, image_size: int) -> ModelImage:
+    """[height, width, 3] uint8, or RGB → the same with its long side at `image_size`, as ResizeLongestSide does."""
+    original = (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
     height, width = input_size(original, image_size)
     if (height, width) != original:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-    return ModelImage(pixels, original)
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return ModelImage(np.asarray(image), original)
 
 
 def input_size(original: Size, image_size: int) -> Size:
