@@ -208,6 +208,26 @@ class Storage:
                 os.unlink(temporary)
                 raise
 
+    def delete(self, uri: str) -> None:
+        """Delete one file; it may be gone already."""
+        absolute(uri)
+        with mapped(uri):
+            if is_s3(uri):
+                bucket, _, key = uri.removeprefix(S3).partition("/")
+                self._s3.call_s3("delete_object", Bucket=bucket, Key=key)
+                return
+            with suppress(FileNotFoundError):
+                os.unlink(uri)
+
+    def fetch(self, uri: str, path: Path) -> str:
+        """Copy one file to a local `path`, whole; → its sha256."""
+        digest = hashlib.sha256()
+        with self.open(uri) as source, mapped(str(path)), path.open("wb") as target:
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                target.write(chunk)
+        return digest.hexdigest()
+
     def sha256(self, uri: str) -> str:
         digest = hashlib.sha256()
         with self.open(uri) as file:

@@ -39,6 +39,20 @@ EXPORT_ONNX_EXAMPLE = """example:
 """
 
 
+COMPACT = """Merge a data set's many small files (of small shards, --retry-errors and --update) into few, and drop the
+rows that newer ones have taken the place of. Embeddings become files of up to 512 rows, still one a row group; masks
+and errors files of up to about 64 MiB. Files that are more than half of that stay as they are.
+
+The jobs on OUT must be done. What is merged is committed file by file as the next generation: readers see each row
+once at any moment, --retry-errors and --update go on afterwards, and killed anywhere, the same command goes on. The
+old files stay until --delete-old, which frees their space; what is reading them then (jobs.segment --embeddings, a
+copy) fails and has to be started again; a running service looks for the new ones. Each of 4 files at a time has up to
+2.5 GB in TMPDIR."""
+COMPACT_EXAMPLE = """examples:
+  cellray compact s3://plates/out --dry-run
+  cellray compact s3://plates/out && cellray verify s3://plates/out && cellray compact s3://plates/out --delete-old"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where a shell has made us ignore SIGINT
@@ -145,6 +159,19 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("dataset", metavar="OUT", help="an output of the jobs, a folder or s3://…")
     verify.add_argument("--config", help="settings YAML")
     verify.set_defaults(run=_verify)
+
+    compact = commands.add_parser(
+        "compact",
+        help="merge a data set's many small files into few",
+        description=COMPACT,
+        epilog=COMPACT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compact.add_argument("dataset", metavar="OUT", help="an output of the jobs that is done, a folder or s3://…")
+    compact.add_argument("--dry-run", action="store_true", help="only say how many files and bytes there would be")
+    compact.add_argument("--delete-old", action="store_true", help="then delete the files whose rows are in new ones")
+    compact.add_argument("--config", help="settings YAML")
+    compact.set_defaults(run=_compact)
 
     export = commands.add_parser(
         "export",
@@ -270,6 +297,35 @@ def _verify(arguments: argparse.Namespace) -> int:
     rows = ", ".join(f"{found.rows(name):,} {name}" for name in dataset.SCHEMAS)
     print(f"{found.uri}: {rows} in {len(found.records)} shards, {faults or 'no'} faults")
     return 1 if faults else 0
+
+
+def _compact(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from cluster.storage import Storage
+    from jobs import compact
+    from serve_app import dataset
+
+    storage = Storage(settings_module.load(arguments.config).storage)
+    found = dataset.open(arguments.dataset, storage)
+    work = [one for job in dataset.JOBS if (one := compact.prepare(found, job))]
+    for one in work:
+        print(one)
+    if arguments.dry_run:
+        return 0
+    with tqdm(total=sum(map(compact.Work.bytes, work)), unit="B", unit_scale=True, desc="compact", disable=None) as bar:
+        for one in work:
+            compact.run(one, bar.update)
+    found = dataset.open(arguments.dataset, storage)
+    for old in (compact.old(found, job) for job in dataset.JOBS):
+        said = f"{old.job}: {len(old.files):,} replaced files, {old.bytes():,} bytes, and {len(old.records):,} records"
+        if arguments.delete_old and len(old):
+            with tqdm(total=len(old), unit="file", desc="delete", disable=None) as bar:
+                old.delete(bar.update)
+            print(f"{said} are deleted")
+        elif len(old):
+            print(f"{said} are no longer needed: --delete-old deletes them")
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

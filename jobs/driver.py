@@ -196,15 +196,15 @@ def generation(job: Job) -> tuple[int, Dataset]:
     if mode is None:
         return 0, Dataset(job.storage, job.output, ())
     found = dataset.open(job.output, job.storage)
-    plans: list[dict[str, Any]] = []
-    while job.storage.exists(uri := dataset.plan_uri(job.output, job.name, len(plans))):
-        plans.append(plan.read(job.storage, uri))
+    plans = plan.generations(job.storage, job.output, job.name)
     if not plans:
         raise InvalidInput(f"{job.output} holds no {job.name}: run it without --{mode} first")
     records = [record for record in found.records if record.job == job.name]
     last = len(plans) - 1
     done, wanted = sum(record.generation == last for record in records), plan.shards(plans[last])
     if done < wanted and plans[last].get("mode") != mode:
+        if plans[last].get("mode") == plan.COMPACT:
+            raise Conflict(f"{job.output} is being compacted: end `cellray compact {job.output}`, then --{mode} can")
         raise Conflict(
             f"{job.output} is not done, {done} of {wanted} shards of generation {last} are committed: the command that "
             f"began it goes on, then --{mode} can"
@@ -247,10 +247,17 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
         _estimate(job, work, (job.settings, "", *work.context, metadata), replicas)
         return EXIT_OK
     committed: dict[int, int] = {}  # shard: errors
+    merged = 0  # errors
     if frozen.freeze(job.storage, job.output):
         records = dataset.records(job.output, job.storage)
         ours = (record for record in records if (record.job, record.generation) == (job.name, frozen.generation))
         committed = {record.shard: record.rows(dataset.ERRORS) for record in ours}
+        if job.storage.exists(dataset.plan_uri(job.output, job.name, frozen.generation + 1)):
+            # it was done when that began, and `cellray compact` may have merged what it wrote, errors too
+            committed = dict.fromkeys(range(len(listing)), 0)
+            found = dataset.open(job.output, job.storage)
+            own = Dataset(job.storage, job.output, tuple(one for one in found.records if one.job == job.name))
+            merged = len(own.table(dataset.ERRORS, ["image_uri"]))
     left = [index for index in range(len(listing)) if index not in committed]
     before = sum(map(listing.size, committed))
     if before:
@@ -264,7 +271,7 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
     finally:
         reporter.close()
     seconds = time.perf_counter() - started
-    errors = sum(committed.values()) + sum(progress.errors for progress in latest)
+    errors = merged + sum(committed.values()) + sum(progress.errors for progress in latest)
     report = _report(job, images, before, errors, seconds, latest, reporter.memory_mb, replicas, model)
     job.storage.overwrite(join(job.output, f"_report-{job.name}.json"), json.dumps(report, indent=2).encode())
     allowed, whole = job.arguments.max_error_rate, images

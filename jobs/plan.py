@@ -16,7 +16,9 @@ from jobs.images import Entry
 from serve_app.dataset import MAX_RECORD_BYTES, MAX_ROWS_A_FILE, SCHEMA_VERSION, plan_uri
 
 DEFAULT_SHARD_IMAGES = 256
-ITS_OWN = ("generation", "mode", "listing", "images", "shard_images")  # facts in which a later generation may differ
+# Facts in which a later generation may differ:
+ITS_OWN = ("generation", "mode", "listing", "images", "shard_images", "sources")
+COMPACT = "compact"  # the mode of a generation by `cellray compact`; `sources` are the files that each shard merges
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,23 @@ def read(storage: Storage, uri: str) -> dict[str, Any]:
         raise Conflict(f"{uri} is no plan of this version: {error}") from error
 
 
+def generations(storage: Storage, out: str, job: str) -> list[dict[str, Any]]:
+    """The facts of a job's plans in `out`, the first generation's first; none if it never ran. Raises Conflict."""
+    found: list[dict[str, Any]] = []
+    while storage.exists(uri := plan_uri(out, job, len(found))):
+        found.append(read(storage, uri))
+    return found
+
+
+def own(facts: dict[str, Any]) -> dict[str, Any]:
+    """A plan's facts as `Plan` takes them."""
+    return {key: value for key, value in facts.items() if key not in ("job", "schema_version", "generation")}
+
+
 def shards(facts: dict[str, Any]) -> int:
     """How many a plan has."""
+    if facts.get("mode") == COMPACT:
+        return len(facts["sources"])
     return -(-facts["images"] // min(facts["shard_images"], MAX_ROWS_A_FILE))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.errors import CellrayError, Conflict, NotFound
-from cluster.storage import Storage, join
+from cluster.storage import join
 from jobs import plan
 from serve_app import dataset
 from serve_app.contract import DTYPE
@@ -38,17 +39,18 @@ class Checked:
 def verify(found: Dataset, done: Callable[[int], Any]) -> Iterator[str]:
     """What is wrong with a data set, in words; nothing where it is whole. `done(bytes)` after each file.
 
-    Files: sha256, bytes, rows, the schema, the plan's fingerprint in the footer; embeddings of the stated shape and
-    finite. In all: no image twice, no shard missing, none of another plan.
+    Files that none has replaced: sha256, bytes, rows, the schema, the plan's fingerprint in the footer; embeddings of
+    the stated shape and finite. In all: no image twice, no shard missing, none of another plan.
     """
     storage, out = found.storage, found.uri
     for job in dataset.JOBS:
         records = [record for record in found.records if record.job == job]
         generation, last = 0, max((record.generation for record in records), default=0)
+        compacted = _compacted(found, job)
         while generation <= last or storage.exists(dataset.plan_uri(out, job, generation)):
-            yield from _against_plan(found, job, generation)
+            yield from _against_plan(found, job, generation, generation < compacted)
             generation += 1
-        work = [(record, file) for record in records for file in record.files]
+        work = [(record, file) for record, file in found.current() if record.job == job]
         seen: dict[str, list[np.ndarray]] = {}
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             for (_, file), checked in zip(work, pool.map(lambda one: _check(found, *one), work), strict=True):
@@ -64,18 +66,24 @@ def verify(found: Dataset, done: Callable[[int], Any]) -> Iterator[str]:
             yield f"{shared} images have an embedding and an error"
     kept = {file.path for record in found.records for file in record.files}
     for name in dataset.SCHEMAS:
-        for stray in sorted(_paths(storage, out, name) - kept):
+        for stray in sorted(dataset.stored(storage, out, name) - kept):
             yield f"{stray}: in no record, so no reader sees it: left by a killed worker, or still being committed"
 
 
-def _paths(storage: Storage, out: str, name: str) -> set[str]:
-    try:
-        return {file.uri.removeprefix(out + "/") for file in storage.list(join(out, name))}
-    except NotFound:
-        return set()
+def _compacted(found: Dataset, job: str) -> int:
+    """The last generation by `cellray compact` that is done: records of those before it may have been deleted."""
+    shards = Counter(record.generation for record in found.records if record.job == job)
+    for generation in sorted(shards, reverse=True):
+        try:
+            facts = plan.read(found.storage, dataset.plan_uri(found.uri, job, generation))
+            if facts.get("mode") == plan.COMPACT and shards[generation] >= plan.shards(facts):
+                return generation
+        except (NotFound, Conflict, TypeError, KeyError):
+            continue
+    return 0
 
 
-def _against_plan(found: Dataset, job: str, generation: int) -> Iterator[str]:
+def _against_plan(found: Dataset, job: str, generation: int, compacted: bool) -> Iterator[str]:
     records = [record for record in found.records if (record.job, record.generation) == (job, generation)]
     uri = dataset.plan_uri(found.uri, job, generation)
     if not found.storage.exists(uri):
@@ -85,8 +93,7 @@ def _against_plan(found: Dataset, job: str, generation: int) -> Iterator[str]:
     try:  # what cannot be read at all is the storage's error, and raised
         facts = plan.read(found.storage, uri)
         shards = plan.shards(facts)
-        own = {key: value for key, value in facts.items() if key not in ("job", "schema_version", "generation")}
-        fingerprint = plan.Plan(job, own, generation).fingerprint
+        fingerprint = plan.Plan(job, plan.own(facts), generation).fingerprint
     except (Conflict, TypeError, KeyError) as error:
         yield f"{uri} is no plan of this version: {error}"
         return
@@ -95,7 +102,7 @@ def _against_plan(found: Dataset, job: str, generation: int) -> Iterator[str]:
             named = dataset.record_uri(found.uri, job, record.shard, generation)
             yield f"{named} is of another plan ({record.fingerprint[:12]}…)"
     missing = sorted(set(range(shards)) - {record.shard for record in records})
-    if missing:
+    if missing and not compacted:
         shown = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
         yield f"{job}: {len(missing)} of {shards} shards are not committed ({shown}): the same command goes on"
 

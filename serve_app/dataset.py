@@ -3,15 +3,18 @@
     OUT/embeddings/*.parquet  OUT/masks/*.parquet  OUT/errors/*.parquet  OUT/_records/*.json  OUT/_plan-JOB-000.json
 
 A shard's files are published first, its record last; what has no record does not exist for a reader. The next
-generation of a job (_plan-JOB-001.json) takes the place of what its images had before: `supersedes` names them. In one
-DuckDB statement, the committed rows of a data set are
+generation of a job (_plan-JOB-001.json) takes the place of what its images had before: `supersedes` names them. One by
+`cellray compact` has the rows of whole files again: `replaces` names those, which no reader looks at from then on. In
+one DuckDB statement, the committed rows of a data set are
 
     WITH records AS (FROM read_json('OUT/_records/*.json', columns = {job: 'VARCHAR', generation: 'INT',
-                     files: 'STRUCT(path VARCHAR)[]', supersedes: 'VARCHAR[]'})),
-    files AS (SELECT job, generation, parse_path(unnest(files).path) AS path FROM records),
-    newer AS (SELECT job, generation, unnest(supersedes) AS image FROM records)
+                     files: 'STRUCT(path VARCHAR)[]', supersedes: 'VARCHAR[]', replaces: 'VARCHAR[]'})),
+    files AS (SELECT job, generation, unnest(files).path AS path FROM records),
+    newer AS (SELECT job, generation, unnest(supersedes) AS image FROM records),
+    stand AS (FROM files ANTI JOIN (SELECT unnest(replaces) AS path FROM records) USING (path))
     SELECT e.* EXCLUDE (filename)
-    FROM read_parquet('OUT/embeddings/*.parquet', filename = true) e JOIN files f ON parse_path(filename)[-2:] = f.path
+    FROM read_parquet('OUT/embeddings/*.parquet', filename = true) e
+    JOIN stand f ON parse_path(filename)[-2:] = parse_path(f.path)
     ANTI JOIN newer n ON n.image = e.image_uri AND n.job = f.job AND n.generation > f.generation
 """
 
@@ -39,13 +42,14 @@ from serve_app.contract import DTYPE, Embedding
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import PREPROCESS
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 EMBEDDINGS, MASKS, ERRORS = "embeddings", "masks", "errors"
 MAX_ROWS_A_FILE = 512  # 2 MiB rows: past 1,024 of them the int32 offsets of binary columns overflow in many readers
 MASK_ROW_GROUP = 4096
 JOBS = ("embed", "segment")
 MAX_RECORD_BYTES = 64 * MIB
 RECORD_READERS, RECORDS_AT_ONCE = 16, 256
+OPEN_ATTEMPTS = 3
 
 SCHEMAS = {
     EMBEDDINGS: pa.schema(
@@ -210,7 +214,8 @@ class ShardFile:
 @dataclass(frozen=True)
 class Record:
     """What makes a shard exist. `embedding_ids` are those of its embeddings files, in row order; `supersedes` are the
-    URIs of the images whose rows of earlier generations it takes the place of."""
+    URIs of the images whose rows of earlier generations it takes the place of; `replaces` are the paths of the files
+    of earlier generations whose rows, where they stood, are in this shard's."""
 
     job: str
     generation: int
@@ -220,6 +225,7 @@ class Record:
     files: tuple[ShardFile, ...]
     embedding_ids: tuple[str, ...] = ()
     supersedes: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
 
     def rows(self, dataset: str) -> int:
         return sum(file.rows for file in self.files if file.dataset == dataset)
@@ -240,7 +246,7 @@ class Record:
             if (version := values.pop("schema_version")) != SCHEMA_VERSION:
                 raise ValueError(f"its version is {version}, not {SCHEMA_VERSION}")
             values["files"] = tuple(ShardFile(**file) for file in values["files"])
-            for name in ("embedding_ids", "supersedes"):
+            for name in ("embedding_ids", "supersedes", "replaces"):
                 values[name] = tuple(values[name])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -264,6 +270,7 @@ class ShardWriter:
         self.written: list[tuple[str, Path, int]] = []  # data set, file, rows
         self.embedding_ids: list[str] = []
         self.supersedes: list[str] = []
+        self.replaces: list[str] = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -343,6 +350,7 @@ class ShardWriter:
             files=tuple(files),
             embedding_ids=tuple(self.embedding_ids),
             supersedes=tuple(self.supersedes),
+            replaces=tuple(self.replaces),
         )
         if not self.out:
             return record
@@ -426,15 +434,28 @@ class Dataset:
         """Of images in one of a record's files, whether their rows there are the last word on them."""
         return [self.newest.get((record.job, uri), 0) <= record.generation for uri in images]
 
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """Paths of committed files whose rows are in files of a later generation."""
+        return frozenset(path for record in self.records for path in record.replaces)
+
+    def current(self) -> Iterator[tuple[Record, ShardFile]]:
+        """The committed files that none has replaced, each with its record."""
+        for record in self.records:
+            for file in record.files:
+                if file.path not in self.replaced:
+                    yield record, file
+
     def files(self, name: str) -> list[tuple[str, Record]]:
-        """(URI, record) of each committed file of `embeddings`, `masks` or `errors`."""
-        return [(join(self.uri, f.path), record) for record in self.records for f in record.files if f.dataset == name]
+        """(URI, record) of each current file of `embeddings`, `masks` or `errors`."""
+        return [(join(self.uri, file.path), record) for record, file in self.current() if file.dataset == name]
 
     def rows(self, name: str) -> int:
-        return sum(record.rows(name) for record in self.records)
+        """In current files; some may be superseded."""
+        return sum(file.rows for _, file in self.current() if file.dataset == name)
 
     def bytes(self) -> int:
-        return sum(file.bytes for record in self.records for file in record.files)
+        return sum(file.bytes for _, file in self.current())
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """All rows that stand, of these columns, in memory: leave `embedding` out where there are many."""
@@ -473,7 +494,13 @@ def open(uri: str, storage: Storage | None = None) -> Dataset:
         NotFound: there is no plan at `uri`, so it is no data set.
     """
     storage, uri = storage or Storage(), absolute(uri)
-    return Dataset(storage, uri, tuple(records(uri, storage)))
+    for left in reversed(range(OPEN_ATTEMPTS)):
+        try:
+            return Dataset(storage, uri, tuple(records(uri, storage)))
+        except NotFound:  # `cellray compact --delete-old` may just have deleted one that was listed
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 def records(uri: str, storage: Storage) -> Iterator[Record]:
@@ -487,6 +514,14 @@ def records(uri: str, storage: Storage) -> Iterator[Record]:
     with ThreadPoolExecutor(RECORD_READERS) as pool:
         for start in range(0, len(listed), RECORDS_AT_ONCE):
             yield from pool.map(lambda one: read_record(storage, one), listed[start : start + RECORDS_AT_ONCE])
+
+
+def stored(storage: Storage, uri: str, name: str) -> set[str]:
+    """Paths of the files of `embeddings`, `masks` or `errors` that are there, committed or not."""
+    try:
+        return {file.uri.removeprefix(uri + "/") for file in storage.list(join(uri, name))}
+    except NotFound:
+        return set()
 
 
 def plan_uri(out: str, job: str, generation: int = 0) -> str:

@@ -65,13 +65,20 @@ class EmbeddingStore:
                 f"no embedding {embedding_id[:16]}… in memory or in the data sets ({places}): send the image instead"
             )
         uri, row = self.index[embedding_id]
-        embedding = next(dataset.open_embeddings(self.storage, uri, [row]))
+        try:
+            embedding = next(dataset.open_embeddings(self.storage, uri, [row]))
+        except NotFound:  # `cellray compact --delete-old` has moved its row to another file
+            self._refresh(at_once=True)
+            if self.index.get(embedding_id) in (None, (uri, row)):
+                raise
+            uri, row = self.index[embedding_id]
+            embedding = next(dataset.open_embeddings(self.storage, uri, [row]))
         self.put(embedding)
         return embedding
 
-    def _refresh(self) -> None:
+    def _refresh(self, at_once: bool = False) -> None:
         with self.refreshing:
-            if time.monotonic() - self.refreshed < REFRESH_S:
+            if time.monotonic() - self.refreshed < REFRESH_S and not at_once:
                 return
             for uri in self.datasets:
                 try:
@@ -79,8 +86,7 @@ class EmbeddingStore:
                 except CellrayError as error:
                     log.warning(f"data set {uri} could not be read: {error}")
                     continue
-                for record in found.records:
-                    for file in record.files:
-                        places = enumerate(record.ids(file))
-                        self.index |= {identity: (join(found.uri, file.path), row) for row, identity in places}
+                for record, file in found.current():
+                    places = enumerate(record.ids(file))
+                    self.index |= {identity: (join(found.uri, file.path), row) for row, identity in places}
             self.refreshed = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.server
 import os
 import pickle
@@ -215,6 +216,22 @@ def test_overwrites(place: Place) -> None:
         place.storage.overwrite(uri, data)
         assert place.storage.read(uri, MIB) == data
     assert everything(place) == ["_report.json"]
+
+
+def test_deletes_one_file_and_what_is_gone_is_gone(place: Place) -> None:
+    for name in ("a", "b/c"):
+        place.storage.publish(join(place.uri, name), b"1")
+    for _ in range(2):
+        place.storage.delete(join(place.uri, "a"))
+    assert [file.uri for file in place.storage.list(place.uri)] == [join(place.uri, "b/c")]
+
+
+def test_fetches_a_file_whole_and_says_its_hash(place: Place, tmp_path: Path) -> None:
+    content = bytes(range(256)) * (1 << 16)  # two chunks
+    place.storage.publish(join(place.uri, "a"), content)
+    assert place.storage.fetch(join(place.uri, "a"), tmp_path / "copy") == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "copy").read_bytes() == content
+    raised(NotFound, lambda: place.storage.fetch(join(place.uri, "none"), tmp_path / "none"))
 
 
 def test_a_failed_overwrite_leaves_nothing_behind(tmp_path: Path) -> None:
