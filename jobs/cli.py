@@ -39,6 +39,20 @@ EXPORT_ONNX_EXAMPLE = """example:
 """
 
 
+EXPORT = """Write what a data set holds for other tools:
+
+coco    its masks as one COCO file of instances, the file TARGET
+labels  its masks as label images in the folder TARGET: a TIFF an image, 0 for background, and where masks overlap the
+        smallest of them
+zarr    its embeddings for micro-sam in the folder TARGET: IMAGE.zarr an image, which micro_sam's annotators take as
+        embedding path instead of running the encoder. The images are read again, since micro-sam compares their hash;
+        one that cannot be, or has changed, is named and left out, and the exit code is 1. Needs
+        `pip install 'cellray[zarr]'`."""
+EXPORT_EXAMPLE = """examples:
+  cellray export out --to coco masks.json
+  cellray export s3://b/out --to labels ~/labels
+  cellray export ~/plates-out --to zarr ~/embeddings --micro-sam-model vit_b_lm
+  micro_sam.image_series_annotator -i ~/plates -o ~/labels -e ~/embeddings -m vit_b_lm"""
 COMPACT = """Merge a data set's many small files (of small shards, --retry-errors and --update) into few, and drop the
 rows that newer ones have taken the place of. Embeddings become files of up to 512 rows, still one a row group; masks
 and errors files of up to about 64 MiB. Files that are more than half of that stay as they are.
@@ -175,15 +189,17 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser(
         "export",
-        help="write a data set's masks for other tools",
-        description="Write the masks of a data set as one COCO file of instances, or as label images: a TIFF an image, "
-        "0 for background, and where masks overlap the smallest of them.",
-        epilog="examples:\n  cellray export out --to coco masks.json\n  cellray export s3://b/out --to labels ~/labels",
+        help="write a data set's masks or embeddings for other tools",
+        description=EXPORT,
+        epilog=EXPORT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("dataset", metavar="OUT", help="an output of jobs.segment, a folder or s3://…")
-    export.add_argument("--to", choices=("coco", "labels"), required=True)
+    export.add_argument("dataset", metavar="OUT", help="an output of the jobs, a folder or s3://…")
+    export.add_argument("--to", choices=("coco", "labels", "zarr"), required=True)
     export.add_argument("target", metavar="TARGET", help="the file, or the folder, to write; may be s3://…")
+    export.add_argument(
+        "--micro-sam-model", metavar="NAME", help="with zarr: micro-sam's name of the model (default: by OUT's)"
+    )
     export.add_argument("--config", help="settings YAML")
     export.set_defaults(run=_export)
 
@@ -332,16 +348,26 @@ def _export(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from cluster.storage import Storage
-    from jobs import export
+    from jobs import export, export_zarr
     from serve_app import dataset
 
-    found = dataset.open(arguments.dataset, Storage(settings_module.load(arguments.config).storage))
-    write = export.coco if arguments.to == "coco" else export.labels
-    uris = export.uris(found)
+    settings = settings_module.load(arguments.config)
+    found, zarr = dataset.open(arguments.dataset, Storage(settings.storage)), arguments.to == "zarr"
+    if zarr:
+        export_zarr.check()
+    elif arguments.micro_sam_model:
+        raise InvalidInput("--micro-sam-model goes with --to zarr")
+    uris = export_zarr.uris(found) if zarr else export.uris(found)
+    names = export.Names(uris)
     with tqdm(total=len(uris), unit="image", desc="export", disable=None) as bar:
-        count = write(found, export.Names(uris), arguments.target, bar.update)
+        if zarr:
+            model = arguments.micro_sam_model
+            count = export_zarr.write(found, names, arguments.target, model, settings.limits, bar.update, bar.write)
+        else:
+            write = export.coco if arguments.to == "coco" else export.labels
+            count = write(found, names, arguments.target, bar.update)
     print(f"{count:,} images to {arguments.target}")
-    return 0
+    return 1 if zarr and count < len(uris) else 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -93,6 +93,21 @@ def test_coco(filled: Place, tmp_path: Path) -> None:
             np.testing.assert_array_equal(read.annToMask(annotation), mask)
 
 
+@pytest.mark.parametrize(
+    ("uris", "names"),
+    [
+        (["s3://b/in/x/a.png", "s3://b/in/c.png"], ["x/a.png", "c.png"]),
+        (["s3://b/a.png"], ["a.png"]),
+        (["s3://b/a.png", "s3://c/a.png"], ["b/a.png", "c/a.png"]),
+        (["/in/a.png", "s3://c/a.png"], ["in/a.png", "s3://c/a.png"]),
+        (["/in/ab/1.png", "/in/a/1.png"], ["ab/1.png", "a/1.png"]),
+    ],
+)
+def test_names_are_those_below_the_last_common_folder(uris: list[str], names: list[str]) -> None:
+    made = export.Names(uris)
+    assert [made[uri] for uri in uris] == names
+
+
 def test_label_images(filled: Place) -> None:
     target = join(filled.uri, "labels of it")
     assert run(export.labels, filled, target, lambda: None) == 4
