@@ -15,7 +15,8 @@ class CellrayError(Exception):
     retry = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        text = message.encode(errors="backslashreplace").decode()  # names of files may be no text
+        super().__init__(" ".join(text.split()))
 
 
 class InvalidInput(CellrayError):

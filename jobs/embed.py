@@ -60,7 +60,7 @@ def _run(job: Job) -> int:
     known = _known(before) if job.arguments.mode == driver.UPDATE else {}
 
     def sources(index: int) -> list[Source]:
-        return [Source(entry, known.get(entry.uri, {})) for entry in listing.shard(index)]
+        return [Source(entry, known.get(dataset.printable(entry.uri), {})) for entry in listing.shard(index)]
 
     info = replicas.connect(job.arguments.model)
     facts = {

@@ -104,8 +104,10 @@ def _run(job: Job) -> int:
     stored = _stored(job, info, listing) if arguments.embeddings else {}
 
     def sources(index: int) -> list[Source]:
-        entries = listing.shard(index)
-        return [Source(entry, table[entry.uri] if table else None, stored.get(entry.uri, ())) for entry in entries]
+        return [
+            Source(entry, table[entry.uri] if table else None, stored.get(dataset.printable(entry.uri), ()))
+            for entry in listing.shard(index)
+        ]
 
     facts = {
         "input": job.input,
@@ -170,7 +172,7 @@ def _hash(table: dict[str, ImagePrompts]) -> str:
 def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, list[Stored]]:
     """Image URI → its rows. Raises where nothing matches, or another encoder made the data set."""
     found = dataset.open(job.arguments.embeddings, job.storage)
-    wanted = {entry.uri for index in range(len(listing)) for entry in listing.shard(index)}
+    wanted = {dataset.printable(entry.uri) for index in range(len(listing)) for entry in listing.shard(index)}
     rows: dict[str, list[Stored]] = {}
     known = ""
     for uri, record in found.files(dataset.EMBEDDINGS):

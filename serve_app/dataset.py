@@ -114,8 +114,8 @@ def embedding_row(
     row = {
         "embedding_id": embedding.embedding_id,
         "image_id": embedding.image_id,
-        "image_uri": image_uri,
-        "key": key,
+        "image_uri": printable(image_uri),
+        "key": None if key is None else printable(key),
         "part": part,
         "x": corner[0],
         "y": corner[1],
@@ -163,7 +163,7 @@ def mask_rows(
         {
             "image_id": embeddings[index].image_id,
             "embedding_id": embeddings[index].embedding_id,
-            "image_uri": image_uri,
+            "image_uri": printable(image_uri),
             "part": part,
             "mask_index": index,
             "segmentation": {"size": size, "counts": found.counts[index]},
@@ -195,9 +195,9 @@ def error_row(image_uri: str, stage: str, error: Exception, part: str = "", atte
     return pa.Table.from_pylist([row], SCHEMAS[ERRORS])
 
 
-def printable(uri: str) -> str:
-    """An image's URI as rows have it: a file's name may be no text."""
-    return uri.encode(errors="backslashreplace").decode()
+def printable(name: str) -> str:
+    """An image's URI or key as rows have it: a file's name may be no text."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)

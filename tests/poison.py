@@ -1,8 +1,10 @@
-"""A file that ends whoever decodes it, as a defect in a codec would: `python -m tests.poison FOLDER` runs two shards of
-its images on a Ray of its own, and prints a line of JSON for each: images, errors, and how often it was begun."""
+"""Files that end whoever decodes them, or never end, as a defect in a codec would: `python -m tests.poison FOLDER` runs
+two shards of its images on a Ray of its own, and prints a line of JSON each: images, errors, how often it was begun.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -15,12 +17,13 @@ import ray
 from cluster.errors import InvalidImage
 from cluster.settings import Settings
 from cluster.storage import Storage
-from jobs import images, shards
+from jobs import images, parts, shards
 from jobs.images import Entry
 from jobs.shards import Progress
 from serve_app.model import preprocess
 
-DEADLY = b"deadly"
+DEADLY, ENDLESS = b"deadly", b"endless"
+DECODE_S = 5.0
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,14 +33,16 @@ class Source(NamedTuple):
 
 def set_up() -> None:
     """In every worker."""
-    decode = preprocess.decode
+    decode = preprocess._decoded
 
     def deadly(data: bytes, *rest: Any) -> Any:
         if data == DEADLY:
             os._exit(1)
+        if data == ENDLESS:
+            sum(itertools.repeat(0))  # in C, and with the GIL
         return decode(data, *rest)
 
-    preprocess.decode = deadly
+    preprocess._decoded, parts.DECODE_S = deadly, DECODE_S
 
 
 @ray.remote(num_cpus=1, max_retries=0)
@@ -50,7 +55,8 @@ def work(
     for source in sources:
         try:
             shards.sound(source.entry, poisoned)
-            images.read(Storage(), source.entry, 64, settings.limits)
+            data = images.content(Storage(), source.entry, settings.limits.image_bytes)
+            parts.only_part(source.entry, data, settings.limits).read(64)
         except InvalidImage:
             progress.errors += 1
         progress.images += 1

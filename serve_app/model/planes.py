@@ -18,7 +18,6 @@ from cluster.errors import CellrayError, InvalidImage, InvalidInput, TooLarge, U
 from serve_app.model import preprocess
 
 GREY, COLOURS = "grey", {"red": 0, "green": 1, "blue": 2, "nuclear": 1, "membrane": 2}  # the last two as in CellSAM
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 UNNAMED = "IQR"  # tifffile's axes of pages that no metadata speaks of: z here
 MAX_PLANES = 100_000
 
@@ -54,8 +53,9 @@ class Stack:
         self.data, self.max_pixels = data, max_pixels
         self.file: Any = None
         self.axes, self.shape = "", tuple[int, ...]()
-        if data[:4] not in TIFF_STARTS:
+        if data[:4] not in preprocess.TIFFS:
             return
+        preprocess.check_layout(data)
         import tifffile
 
         try:

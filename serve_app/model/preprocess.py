@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,11 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 # TIFF tags and values (TIFF 6.0 and Adobe's registry).
 BITS_PER_SAMPLE, ORIENTATION, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 274, 277, 338, 339
+WIDTH, LENGTH, STRIPS, ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, TILES = 256, 257, 273, 278, 322, 323, 324
+WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q", 17: "q"}  # types, as struct has them
 DEFLATES, LZMA = (8, 32946), 34925
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SPARE_TILE, SPARE_SEGMENTS = 4096 * 4096, 4096  # pixels of a tile, and strips, that a small page may have as well
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -72,6 +77,8 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
     """An RGB image, or its pixels as `decode` gives them."""
     if not data:
         raise InvalidImage("the file is empty")
+    if data[:4] in TIFFS:
+        check_layout(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.width, image.height, max_pixels)
@@ -81,7 +88,7 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
     except CellrayError:
         raise
     except UnidentifiedImageError as error:
-        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # TIFFs of a layout that Pillow does not know
+        if data[:4] in TIFFS:  # of a layout that Pillow does not know
             return _decode_tiff(data, max_pixels)
         raise UnsupportedImage(f"not an image of {', '.join(FORMATS)}, or its header is damaged") from error
     except Image.DecompressionBombError as error:
@@ -97,6 +104,50 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise InvalidImage(f"the image has {width} × {height} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InvalidImage(f"the image has {width} × {height} pixels: longer than {MAX_ASPECT} times its short side")
+
+
+def check_layout(data: bytes) -> None:
+    """A TIFF's tiles are not much larger than its page, and its strips not many more than its rows: a decoder would
+    allocate such a tile whatever the page's size, and make a list of the strips before that size is known."""
+    tags = _first_page(data)
+
+    def number(tag: int, default: int) -> int:
+        count, value = tags.get(tag, (1, default))
+        if count != 1 or value < 1:
+            raise InvalidImage(f"the TIFF's tag {tag} is no positive number")
+        return value
+
+    width, height, samples = number(WIDTH, 1), number(LENGTH, 1), number(SAMPLES_PER_PIXEL, 1)
+    tile = number(TILE_WIDTH, 1), number(TILE_LENGTH, 1)
+    if math.prod(tile) > max(width * height, SPARE_TILE):
+        raise TooLarge(f"the TIFF has tiles of {tile[0]} × {tile[1]} pixels, and {width} × {height} in all")
+    rows = tags.get(ROWS_PER_STRIP, (1, 0))[1]
+    strips = -(-height // rows) if rows > 0 else 1
+    tiles = -(-width // max(tile[0], 16)) * -(-height // max(tile[1], 16))
+    for tag, most in ((STRIPS, strips), (TILES, tiles)):
+        if tags.get(tag, (0, 0))[0] > max(most * samples, SPARE_SEGMENTS):
+            raise TooLarge(f"the TIFF has {tags[tag][0]} strips or tiles, and needs {most * samples}")
+
+
+def _first_page(data: bytes) -> dict[int, tuple[int, int]]:
+    """Tag → (how many values, the only one; 0 if that is no whole number), as far as the file can be read: TIFF 6.0,
+    page 14. Several values are elsewhere in the file, and not looked at."""
+    order, big = "<" if data[:1] == b"I" else ">", 43 in data[2:4]
+    offset, count, entry = (f"{order}{code}" for code in (("Q", "Q", "HHQ") if big else ("I", "H", "HHI")))
+    tags = {}
+    try:
+        (at,) = struct.unpack_from(offset, data, 8 if big else 4)
+        (entries,) = struct.unpack_from(count, data, at)
+        at += struct.calcsize(count)
+        for _ in range(min(entries, 1 << 16)):
+            tag, kind, values = struct.unpack_from(entry, data, at)
+            at += struct.calcsize(entry)
+            code = WHOLE_NUMBERS.get(kind)
+            tags[tag] = values, struct.unpack_from(order + code, data, at)[0] if code else 0
+            at += struct.calcsize(offset)
+    except (struct.error, OverflowError):  # cut short, or elsewhere: for the decoders to find
+        pass
+    return tags
 
 
 def _pillow_keeps(image: Image.Image) -> bool:
@@ -153,6 +204,8 @@ def page_pixels(file: Any, page: Any, max_pixels: int) -> np.ndarray:
         raise TooLarge(f"the TIFF page has {key.size} samples; the limit is {4 * max_pixels}")
     _check_strips(file, page)
     pixels: np.ndarray = page.asarray()
+    if not pixels.size:
+        raise InvalidImage("the TIFF is damaged: a page holds no pixels")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     elif key.planarconfig == 2 and pixels.ndim == 3:  # channels one after the other
