@@ -21,6 +21,8 @@ lint: $(READY)
 
 bench: $(READY)  ## ratios against peers; each prints a table and one line of JSON
 	$(BIN)/python -m tests.benchmarks.pipeline
+	$(BIN)/python -m tests.benchmarks.storage
+	$(BIN)/python -m tests.benchmarks.scale
 	$(BIN)/python -m tests.benchmarks.encoder
 	$(BIN)/python -m tests.benchmarks.decoder
 	$(BIN)/python -m tests.benchmarks.nano

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ray
 import yaml
 from PIL import Image
 from ray import serve
@@ -43,7 +44,7 @@ from tests.s3 import ROOT, client, server
 
 PARTS = ("null", "s3", "efficiency")
 WANTED = {"null_img_s": 50.0, "null_img_s_s3": 30.0, "job_efficiency": 0.95}
-NULL, SHAPE, INPUT = "null", (256, 64, 64), 1024
+NULL, INPUT, PATCH, CHANNELS = "null", 1024, 16, 256
 SIDES = (880, 1180)  # px, of the JPEGs
 SLOW, SLOW_IMAGES, TURNS = "sam_vit_b", 24, 3
 TIMEOUT_S = 900
@@ -54,38 +55,42 @@ say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=Tru
 class NullEncoder:
     """Answers as an encoder does, without the work."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int) -> None:
         memory.keep()
-        self.array = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float16)
+        shape = CHANNELS, side // PATCH, side // PATCH
+        self.array = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
 
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
         return [self.array.copy() for _ in images]
 
 
 class NullDecoder:
+    def __init__(self, side: int) -> None:
+        self.side = side
+
     def info(self) -> ModelInfo:
         digest = "0" * 64
-        return ModelInfo(NULL, NULL, INPUT, 16, 256, digest, digest, "CC0", True, NULL, "cpu", "float32")
+        return ModelInfo(NULL, NULL, self.side, PATCH, CHANNELS, digest, digest, "CC0", True, NULL, "cpu", "float32")
 
 
 class Front:
     def __init__(self, *_: Any) -> None: ...
 
 
-def build(_: dict[str, Any]) -> Application:
-    """The app of LOCAL with a model of which nothing is computed."""
-    bound = serve.deployment(NullEncoder, name=contract.encoder_deployment(NULL)).bind()
-    other = serve.deployment(NullDecoder, name=contract.decoder_deployment(NULL)).bind()
+def build(arguments: dict[str, Any]) -> Application:
+    """The app of LOCAL with a model of which nothing is computed, for images whose long side is `input` pixels."""
+    bound = serve.deployment(NullEncoder, name=contract.encoder_deployment(NULL)).bind(arguments["input"])
+    other = serve.deployment(NullDecoder, name=contract.decoder_deployment(NULL)).bind(arguments["input"])
     return serve.deployment(Front, name=contract.INGRESS).bind(bound, other)
 
 
-def app(model: str, config: str | None = None) -> dict[str, Any]:
-    """A Serve config for one model, like LOCAL's."""
+def app(model: str, config: str | None = None, side: int = INPUT) -> dict[str, Any]:
+    """A Serve config for one model, like LOCAL's; `side` is the null model's input."""
     text = LOCAL.read_text().replace("nano", model)
     made: dict[str, Any] = yaml.safe_load(text)
     (one,) = made["applications"]
     if model == NULL:
-        one |= {"import_path": "tests.benchmarks.pipeline:build", "args": {}}
+        one |= {"import_path": "tests.benchmarks.pipeline:build", "args": {"input": side}}
     else:
         one["args"] |= {"config": config}
     one["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
@@ -110,13 +115,15 @@ def write_images(folder: Path, count: int) -> None:
         part.resize((width, height + (height == width))).save(folder / f"{index:05d}.jpg", quality=90)
 
 
-def job(folder: str, out: str, model: str, images: int, config: str) -> tuple[dict[str, Any], float]:
+def job(
+    folder: str, out: str, model: str, images: int, config: str, shard_images: int = 64, timeout_s: float = TIMEOUT_S
+) -> tuple[dict[str, Any], float]:
     """One jobs.embed, its driver in a process of its own: (report, CPU seconds of it and of all of Ray)."""
     words = [sys.executable, "-m", "jobs.embed", folder, out, "--model", model, "--limit", str(images)]
+    words += ["--shard-images", str(shard_images), "--config", config]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # others may run here too
     before = cpu_seconds()
-    subprocess.run(
-        [*words, "--shard-images", "64", "--config", config], check=True, timeout=TIMEOUT_S, stdout=sys.stderr
-    )
+    subprocess.run(words, check=True, timeout=timeout_s, stdout=sys.stderr, env=environment)
     spent = cpu_seconds() - before
     from cluster.storage import Storage
 
