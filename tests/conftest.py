@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
 import pytest
 import yaml
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from jobs import samples
 from tests.s3 import server
@@ -41,7 +43,7 @@ def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[App]:
     """The app of deploy/serve.local.yaml on a Ray of this session."""
     from cluster import session
 
@@ -58,4 +60,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         serve_config = yaml.safe_load((DEPLOY / "serve.local.yaml").read_text())
         serve_config["applications"][0]["args"]["config"] = str(config)
         with session.local(serve_config, print) as started:
+            # Ray has put handlers of its own in the place of pytest's, and what they write is captured and lost.
+            faulthandler.enable(pytestconfig.stash[fault_handler_stderr_fd_key])
             yield App(started.http, started.dashboard, str(config), endpoint, dataset)
