@@ -159,8 +159,9 @@ class Storage:
                 raise NotFound(f"{uri} is a prefix, expected an object")
             return cast(IO[bytes], _Remote(uri, file))
 
-    def publish(self, uri: str, content: bytes | Path) -> None:
-        """Create `uri` with `content` (bytes, or a local file), whole or not at all; never overwrites.
+    def publish(self, uri: str, content: bytes | Path, ours: bool = False) -> None:
+        """Create `uri` with `content` (bytes, or a local file), whole or not at all; never overwrites. A file that is
+        `ours` nobody writes to any more: on the same disk it becomes `uri` without a copy.
 
         Succeeds if `uri` exists with the very same bytes: that is our own earlier write.
 
@@ -171,7 +172,7 @@ class Storage:
         with mapped(uri):
             try:
                 if not is_s3(uri):
-                    _link(Path(uri), content)
+                    _link(Path(uri), content, ours)
                 else:
                     self._create(uri, content)
                 return
@@ -275,7 +276,18 @@ def _temporary_beside(path: Path, content: bytes | Path) -> str:
     return temporary
 
 
-def _link(path: Path, content: bytes | Path) -> None:
+def _link(path: Path, content: bytes | Path, ours: bool) -> None:
+    if ours and isinstance(content, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with content.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(content, 0o644)
+        try:
+            return os.link(content, path)
+        except FileExistsError:
+            raise
+        except OSError:  # on another disk, or one that has no links
+            pass
     temporary = _temporary_beside(path, content)
     try:
         os.link(temporary, path)  # fails where the name exists, unlike rename

@@ -370,7 +370,7 @@ class ShardWriter:
         uri = join(self.out, path)
         try:
             if self.out:
-                self.storage.publish(uri, local)
+                self.storage.publish(uri, local, ours=True)
         except Conflict:
             with self.storage.open(uri) as theirs, local.open("rb") as ours:
                 plan, own = _identity(ours)

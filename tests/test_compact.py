@@ -173,7 +173,7 @@ class Failing(Storage):
             if self.done >= self.most:
                 raise Killed
 
-    def publish(self, uri: str, content: bytes | Path) -> None:
+    def publish(self, uri: str, content: bytes | Path, ours: bool = False) -> None:
         self._count(super().publish, uri, content)
 
     def delete(self, uri: str) -> None:

@@ -240,6 +240,37 @@ def test_a_failed_overwrite_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
 
 
+def test_a_file_of_ours_becomes_the_published_one(tmp_path: Path) -> None:
+    ours, uri = tmp_path / "ours", tmp_path / "out" / "there"
+    ours.write_bytes(b"rows")
+    Storage().publish(str(uri), ours, ours=True)
+    assert uri.samefile(ours)
+    Storage().publish(str(uri), ours, ours=True)  # our own earlier write
+    ours.unlink()
+    assert uri.read_bytes() == b"rows"
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    with pytest.raises(Conflict):
+        Storage().publish(str(uri), other, ours=True)
+    assert uri.read_bytes() == b"rows"
+
+
+def test_a_file_of_ours_on_another_disk_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def from_here(source: str | Path, target: str | Path) -> None:
+        if Path(source).name == "ours":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", from_here)
+    ours, uri = tmp_path / "ours", tmp_path / "out" / "there"
+    ours.write_bytes(b"rows")
+    Storage().publish(str(uri), ours, ours=True)
+    assert uri.read_bytes() == b"rows"
+    assert not uri.samefile(ours)
+
+
 def test_a_failed_publish_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from serve_app.model import masks
 from serve_app.model.masks import MaskSet
@@ -102,11 +100,11 @@ def _joined(
     found: MaskSet, rles: list[Any], owner: np.ndarray, gone: np.ndarray, pieces: list[tuple[int, int]]
 ) -> tuple[MaskSet, np.ndarray]:
     """Those that are not gone, with pieces put together."""
-    pairs = np.array(pieces, int).reshape(-1, 2)
-    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(found), len(found)))
-    _, group = connected_components(graph, directed=False)
+    group = np.arange(len(found))
+    for first, second in pieces:
+        group[group == group[second]] = group[first]
     whole = found.take(np.arange(len(found)))
-    for name in np.unique(group[pairs[:, 0]]):
+    for name in {int(group[first]) for first, _ in pieces}:
         own = np.flatnonzero(group == name)
         place = own[np.argmax(found.areas[own])]
         gone[own[own != place]] = True
