@@ -7,7 +7,8 @@ import json
 import tempfile
 from array import array
 from collections.abc import Container, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from cluster.errors import Conflict
@@ -19,6 +20,7 @@ DEFAULT_SHARD_IMAGES = 256
 # Facts in which a later generation may differ:
 ITS_OWN = ("generation", "mode", "listing", "images", "shard_images", "sources")
 COMPACT = "compact"  # the mode of a generation by `cellray compact`; `sources` are the files that each shard merges
+values = attrgetter(*Entry.__slots__)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Listing:
             for entry in entries:
                 if self.images % self.shard_images == 0:
                     self.starts.append(self.lines.tell())
-                line = json.dumps(astuple(entry)).encode() + b"\n"
+                line = json.dumps(values(entry)).encode() + b"\n"
                 digest.update(line)
                 self.lines.write(line)
                 self.images += 1
