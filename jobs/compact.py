@@ -23,10 +23,11 @@ from cluster.storage import join, mapped
 from jobs import plan
 from jobs.plan import COMPACT, ITS_OWN, Plan
 from serve_app import dataset
-from serve_app.dataset import EMBEDDINGS, MASK_ROW_GROUP, MAX_ROWS_A_FILE, Dataset, Record, ShardFile, ShardWriter
+from serve_app.contract import DTYPE
+from serve_app.dataset import EMBEDDINGS, MASK_ROW_GROUP, Dataset, Record, ShardFile, ShardWriter
 
 FILES_AT_ONCE = 4  # each with one file of its sources and its own on the local disk
-EMBEDDINGS_BYTES = 1280 * MIB  # of a file's sources: 512 rows of 2 MiB, or fewer of more
+EMBEDDINGS_BYTES = 1280 * MIB  # of a file's sources: 512 rows of 2 MiB, 256 of 4
 OTHER_BYTES = 64 * MIB  # of other files: some readers hold one in memory
 FOOTER = "cellray."
 OF_A_SHARD = ("schema_version", "job", "shard", "generation", "fingerprint")  # in a footer, and not to be handed on
@@ -101,7 +102,8 @@ def prepare(found: Dataset, job: str) -> Work | None:
     before = Dataset(storage, out, tuple(record for record in records if record.generation < number))
     sources = {source.file.path: source for source in _sources(before)}
     if done:
-        paths = [[source.file.path for source in group] for group in _groups([*sources.values()])]
+        most = dataset.rows_a_file(plans[0].get("dtype", DTYPE))
+        paths = [[source.file.path for source in group] for group in _groups([*sources.values()], most)]
         facts = {key: value for key, value in plans[0].items() if key not in ("job", "schema_version", *ITS_OWN)}
         facts |= {"mode": COMPACT, "sources": paths}
     else:
@@ -128,27 +130,27 @@ def _sources(before: Dataset) -> list[Source]:
         return list(pool.map(source, files))
 
 
-def _groups(sources: Sequence[Source]) -> list[list[Source]]:
+def _groups(sources: Sequence[Source], most: int) -> list[list[Source]]:
     """Which of them become a file: as many in a row as fit, if that is more than one, or if rows of it fall away. One
     that is half full stays as it is: a row is not written again for every few that are added."""
     groups: list[list[Source]] = []
     for source in sorted(sources, key=lambda source: not source.rows):  # those of which nothing stays by themselves
         whole = source.rows == source.file.rows
-        if whole and not _fits([source, source]):
+        if whole and not _fits([source, source], most):
             continue
-        if not groups or not _fits([*groups[-1], source]):
+        if not groups or not _fits([*groups[-1], source], most):
             groups.append([])
         groups[-1].append(source)
     return [group for group in groups if len(group) > 1 or group[0].rows < group[0].file.rows]
 
 
-def _fits(group: Sequence[Source]) -> bool:
-    """Whether their rows that stand go into one file."""
+def _fits(group: Sequence[Source], most: int) -> bool:
+    """Whether their rows that stand go into one file, of at most `most` embeddings."""
     if len({(source.file.dataset, source.rows > 0) for source in group}) > 1:
         return False
     size, rows = sum(source.bytes for source in group), sum(source.rows for source in group)
     if group[0].file.dataset == EMBEDDINGS:
-        return size <= EMBEDDINGS_BYTES and rows <= MAX_ROWS_A_FILE
+        return size <= EMBEDDINGS_BYTES and rows <= most
     return size <= OTHER_BYTES
 
 

@@ -233,7 +233,7 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
     if frozen.generation and not images:
         print(f"{job.name}: nothing to do in {job.output}", flush=True)
         return EXIT_OK
-    metadata = {
+    metadata: dict[str, str] = {
         "fingerprint": frozen.fingerprint,
         "encoder_sha256": model.encoder_sha256,
         "model": model.name,
@@ -242,6 +242,7 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
         "preprocess": model.preprocess,
         "compute_dtype": model.dtype,
         "generation": str(frozen.generation),
+        **{key: str(frozen.facts[key]) for key in ("dtype", "compression") if key in frozen.facts},
     }
     if job.arguments.dry_run:
         _estimate(job, work, (job.settings, "", *work.context, metadata), replicas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import ray
 
 from cluster import memory
-from cluster.errors import CellrayError
+from cluster.errors import CellrayError, InvalidInput
 from cluster.settings import Settings
 from cluster.storage import Storage
 from jobs import driver, images, replicas
@@ -21,7 +22,7 @@ from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.shards import Pipeline, Progress, measured, sound
 from serve_app import contract, dataset
-from serve_app.contract import Embedding, ModelInfo
+from serve_app.contract import DTYPE, POOLED, Embedding, ModelInfo
 from serve_app.dataset import Dataset, ShardWriter
 
 NAME = "embed"
@@ -48,10 +49,32 @@ class Source:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return driver.main(NAME, driver.parser(NAME, DESCRIPTION, EPILOG, update=True), _run, argv)
+    made = driver.parser(NAME, DESCRIPTION, EPILOG, update=True)
+    kept = made.add_argument_group("what is kept")
+    kept.add_argument("--dtype", choices=contract.DTYPES, help=f"of embeddings (default: {DTYPE})")
+    kept.add_argument(
+        "--compression",
+        choices=dataset.COMPRESSIONS,
+        help="of embeddings (default: none); zstd makes them a little smaller, and slower to read",
+    )
+    kept.add_argument(
+        "--pooled-only",
+        action="store_true",
+        help="only `pooled`, the mean over each image: 1 kB in place of 2 MB, for search; no masks can be made of it",
+    )
+    return driver.main(NAME, made, _run, argv)
+
+
+def _kept(arguments: argparse.Namespace) -> dict[str, str]:
+    """What of an embedding is kept, and how. Raises InvalidInput."""
+    if arguments.pooled_only and (arguments.dtype or arguments.compression):
+        raise InvalidInput("--pooled-only keeps no embeddings: leave out --dtype and --compression")
+    dtype = POOLED if arguments.pooled_only else arguments.dtype or DTYPE
+    return {"dtype": dtype, "compression": arguments.compression or dataset.COMPRESSIONS[0]}
 
 
 def _run(job: Job) -> int:
+    kept = _kept(job.arguments)
     generation, before = driver.generation(job)
     entries = images.find(job.storage, job.input, driver.view(job.arguments))
     if job.arguments.mode == driver.RETRY:
@@ -72,7 +95,7 @@ def _run(job: Job) -> int:
         "model": info.name,
         "encoder_sha256": info.encoder_sha256,
         "preprocess": info.preprocess,
-        "dtype": contract.DTYPE,
+        **kept,
         "compute_dtype": info.dtype,
         "mode": job.arguments.mode,
     }
@@ -98,9 +121,9 @@ def failed(before: Dataset, entries: Iterator[Entry]) -> Iterator[Entry]:
     return (entry for entry in entries if dataset.printable(entry.uri) in errors)
 
 
-def embedding(read: ReadImage, array: np.ndarray, info: ModelInfo) -> Embedding:
+def embedding(read: ReadImage, array: np.ndarray, info: ModelInfo, kept: str = DTYPE) -> Embedding:
     return Embedding(
-        embedding_id=contract.embedding_id(read.image_id, info.encoder_sha256, info.dtype),
+        embedding_id=contract.embedding_id(read.image_id, info.encoder_sha256, info.dtype, kept),
         image_id=read.image_id,
         model=info.name,
         encoder_sha256=info.encoder_sha256,
@@ -123,7 +146,9 @@ def _shard(
 ) -> Iterator[Progress]:
     memory.share()
     storage, progress = Storage(settings.storage), Progress(index)
-    encode = replicas.encoder(info.name, settings.limits.request_timeout_s)
+    kept = metadata["dtype"]
+    wire = DTYPE if kept == POOLED else kept
+    encode = replicas.encoder(info.name, settings.limits.request_timeout_s, wire)
 
     def fetch(entry: Entry) -> bytes:
         return images.content(storage, entry, settings.limits.image_bytes)
@@ -162,8 +187,9 @@ def _shard(
                 failures += 1
                 writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "encode", done.result, name))
             elif done.item is not None and done.result is not None:
-                made = embedding(done.item, done.result, info)
-                row = dataset.embedding_row(made, entry.uri, made.pooled(info.patch), entry.key, name, corner)
+                made, pooled_only = embedding(done.item, done.result, info, kept), kept == POOLED
+                pooled = made.pooled(info.patch)
+                row = dataset.embedding_row(made, entry.uri, pooled, entry.key, name, corner, pooled_only)
                 writer.add(dataset.EMBEDDINGS, row)
                 progress.encoder_calls += 1
             if part is None or part.ends:

@@ -46,11 +46,20 @@ def check() -> None:
 
 
 def uris(found: Dataset) -> list[str]:
-    """The images with an embedding. Raises NotFound: there is none."""
-    embedded = found.table(EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()
-    if not embedded:
+    """The images with an embedding.
+
+    Raises:
+        NotFound: there is none. InvalidInput: one is of a plane or a tile.
+    """
+    embedded = found.table(EMBEDDINGS, ["image_uri", "part"])
+    if not len(embedded):
         raise NotFound(f"{found.uri} holds no embeddings: run jobs.embed first")
-    return list(embedded)
+    if parts := [part for part in embedded["part"].to_pylist() if part]:
+        raise InvalidInput(
+            f"{found.uri} holds {len(parts)} embeddings of planes, channels or tiles (like {parts[0]}); micro-sam "
+            "takes those of whole images: embed them without --channels, --z, --t and --tile"
+        )
+    return list(embedded["image_uri"].to_pylist())
 
 
 def write(
@@ -128,7 +137,7 @@ def _pixels(found: Dataset, entry: Entry, embedding: Embedding, limits: Limits) 
 
     data = images.content(found.storage, entry, limits.image_bytes)
     if contract.image_id(data) != embedding.image_id:
-        raise InvalidImage("it has changed since it was embedded, or is a part of a file: run jobs.embed --update")
+        raise InvalidImage("it has changed since it was embedded, or is a crop of a file: run jobs.embed --update")
     suffix = os.path.splitext(entry.uri)[1].lower()
     options: dict[str, Any] = {"extension": suffix} if suffix else {}
     try:

@@ -41,9 +41,12 @@ def running(model: str) -> dict[str, int]:
     return {name: found[name] for name in names}
 
 
-def encoder(model: str, timeout_s: float) -> Callable[[list[np.ndarray]], list[np.ndarray | CellrayError]]:
+def encoder(
+    model: str, timeout_s: float, dtype: str = contract.DTYPE
+) -> Callable[[list[np.ndarray]], list[np.ndarray | CellrayError]]:
+    """`dtype` is what the embeddings come in."""
     handle = _handle(contract.encoder_deployment(model))
-    return lambda pixels: handle.encode.remote(pixels).result(timeout_s=timeout_s)
+    return lambda pixels: handle.encode.remote(pixels, dtype).result(timeout_s=timeout_s)
 
 
 def decoder(info: ModelInfo, timeout_s: float) -> Callable[[list[DecodeRequest]], list[MaskSet | CellrayError]]:

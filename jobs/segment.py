@@ -181,7 +181,9 @@ def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, list[Store
                 f"{found.uri} was made by another encoder ({record.encoder_sha256[:12]}…) than that of {info.name} "
                 f"({info.encoder_sha256[:12]}…): embed the images with {info.name} first"
             )
-        names, parts = found.read(uri, ["image_uri", "part"]).to_pydict().values()
+        names, parts, dtypes = found.read(uri, ["image_uri", "part", "dtype"]).to_pydict().values()
+        if None in dtypes:
+            raise InvalidInput(f"{found.uri} holds no embeddings: {dataset.POOLED_ONLY}")
         for row, (image_uri, part, stands) in enumerate(zip(names, parts, found.stands(record, names), strict=True)):
             known = image_uri
             if stands and image_uri in wanted:

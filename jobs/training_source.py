@@ -59,7 +59,9 @@ def _embeddings(request: Request, storage: Storage, card: ModelCard) -> list[Fou
                 f"{data.uri} was made by another encoder ({record.encoder_sha256[:12]}…) than that of {request.model} "
                 f"({card.encoder_sha256[:12]}…): embed the images with {request.model} first"
             )
-        table = data.read(uri, ["image_id", "image_uri", "height", "width"]).to_pylist()
+        table = data.read(uri, ["image_id", "image_uri", "height", "width", "dtype"]).to_pylist()
+        if any(one["dtype"] is None for one in table):
+            raise InvalidInput(f"{data.uri} holds no embeddings: {dataset.POOLED_ONLY}")
         stands = data.stands(record, [one["image_uri"] for one in table])
         for row, (one, current) in enumerate(zip(table, stands, strict=True)):
             if current:

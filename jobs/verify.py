@@ -18,7 +18,7 @@ from cluster.errors import CellrayError, Conflict, NotFound
 from cluster.storage import join
 from jobs import plan
 from serve_app import dataset
-from serve_app.contract import DTYPE
+from serve_app.contract import DTYPE, DTYPES, POOLED
 from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, Dataset, Record, ShardFile
 
 FILES_AT_ONCE = 4
@@ -130,6 +130,7 @@ def _contents(found: Dataset, record: Record, file: ShardFile) -> tuple[list[str
             return [*faults, f"its columns are not those of {file.dataset}"], NOTHING
         if parquet.metadata.num_rows != file.rows:
             faults.append(f"has {parquet.metadata.num_rows} rows, {file.rows} were committed")
+        kept = (schema.metadata or {}).get(b"cellray.dtype", DTYPE.encode()).decode()
         ids: list[str] = []
         wrong = 0
         for batch in parquet.iter_batches(1 if file.dataset == EMBEDDINGS else BATCH_ROWS):
@@ -137,19 +138,25 @@ def _contents(found: Dataset, record: Record, file: ShardFile) -> tuple[list[str
             numbers.append(_numbers(batch.column(name) for name in KEYS[file.dataset])[stands])
             if file.dataset == EMBEDDINGS:
                 ids += batch.column("embedding_id").to_pylist()
-                wrong += not _plausible(batch.to_pylist()[0])
+                wrong += not _plausible(batch.to_pylist()[0], kept)
         if wrong:
-            faults.append(f"{wrong} embeddings are not finite {DTYPE} numbers of their shape")
+            faults.append(f"{wrong} embeddings are not finite {kept} numbers of their shape")
         if file.dataset == EMBEDDINGS and tuple(ids) != record.ids(file):
             faults.append("its rows are not the record's embedding_ids")
     return faults, np.concatenate(numbers)
 
 
-def _plausible(row: dict[str, Any]) -> bool:
-    content, shape = row["embedding"], row["shape"]
-    if row["dtype"] != DTYPE or not content or not shape or len(content) != 2 * int(np.prod(shape)):
+def _plausible(row: dict[str, Any], kept: str) -> bool:
+    content, shape, dtype = row["embedding"], row["shape"], row["dtype"]
+    if not row["pooled"] or not np.isfinite(row["pooled"]).all():
         return False
-    return bool(np.isfinite(np.frombuffer(content, "<f2")).all())
+    if kept == POOLED:
+        return (content, shape, dtype) == (None, None, None)
+    if dtype != kept or dtype not in DTYPES or not content or not shape:
+        return False
+    return len(content) == np.dtype(dtype).itemsize * int(np.prod(shape)) and bool(
+        np.isfinite(np.frombuffer(content, np.dtype(dtype).newbyteorder("<"))).all()
+    )
 
 
 def _numbers(columns: Iterable[pa.Array]) -> np.ndarray:

@@ -11,7 +11,9 @@ from serve_app.model.preprocess import PREPROCESS, Size
 
 APP_NAME = "cellray"
 INGRESS = "ingress"
-DTYPE = "float16"  # of embeddings as they travel and are kept; what they are computed in is a model's setting
+DTYPE = "float16"  # of embeddings as they travel and are kept, if nothing is said; not what they are computed in
+DTYPES = (DTYPE, "float32")
+POOLED = "pooled"  # where a data set keeps no more of an embedding than the mean over its image
 
 
 def encoder_deployment(model: str) -> str:
@@ -29,10 +31,10 @@ def image_id(data: bytes, part: str = "") -> str:
     return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
 
 
-def embedding_id(image: str, encoder_sha256: str, dtype: str) -> str:
-    """sha256 over what an embedding is a function of: image, preprocessing, encoder, the dtype it is kept in, and
-    `dtype`, what it was computed in. Hex."""
-    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, DTYPE, dtype)).encode()).hexdigest()
+def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE) -> str:
+    """sha256 over what an embedding is a function of: image, preprocessing, encoder, `kept`, one of DTYPES or POOLED,
+    and `dtype`, what it was computed in. Hex."""
+    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, kept, dtype)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """One image's embedding. `array` [channels, grid, grid] float16; `original` and `input` are (height, width)."""
+    """One image's embedding. `array` [channels, grid, grid] of one of DTYPES; `original`, `input`: (height, width)."""
 
     embedding_id: str
     image_id: str

@@ -35,10 +35,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.errors import Conflict, InvalidInput, NotFound
+from cluster.errors import Conflict, InvalidEmbedding, InvalidInput, NotFound
 from cluster.settings import MIB
 from cluster.storage import Storage, absolute, join
-from serve_app.contract import DTYPE, Embedding
+from serve_app.contract import DTYPE, DTYPES, POOLED, Embedding
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import PREPROCESS
 
@@ -46,10 +46,15 @@ SCHEMA_VERSION = "2"
 EMBEDDINGS, MASKS, ERRORS = "embeddings", "masks", "errors"
 MAX_ROWS_A_FILE = 512  # 2 MiB rows: past 1,024 of them the int32 offsets of binary columns overflow in many readers
 MASK_ROW_GROUP = 4096
+COMPRESSIONS = ("none", "zstd", "lz4")  # of the column `embedding`
 JOBS = ("embed", "segment")
 MAX_RECORD_BYTES = 64 * MIB
 RECORD_READERS, RECORDS_AT_ONCE = 16, 256
 OPEN_ATTEMPTS = 3
+POOLED_ONLY = (
+    "its data set was made with --pooled-only, for search; masks and training need jobs.embed without it, into another "
+    "output"
+)
 
 SCHEMAS = {
     EMBEDDINGS: pa.schema(
@@ -100,6 +105,13 @@ SCHEMAS = {
 }
 
 
+def rows_a_file(kept: str) -> int:
+    """At most, where `kept` is one of DTYPES or POOLED: less than 2 GiB of embeddings in any."""
+    if kept == POOLED:
+        return MAX_ROWS_A_FILE << 7
+    return MAX_ROWS_A_FILE // (np.dtype(kept).itemsize // 2)
+
+
 def embedding_row(
     embedding: Embedding,
     image_uri: str,
@@ -107,10 +119,12 @@ def embedding_row(
     key: str | None = None,
     part: str = "",
     corner: tuple[int, int] = (0, 0),
+    pooled_only: bool = False,
 ) -> pa.Table:
-    """One row of `embeddings`; `embedding` is C-order little-endian float16. `part` says what of the file it is, empty
+    """One row of `embeddings`; `embedding` is C-order little-endian, of the array's dtype. With `pooled_only` it is
+    null, as are `dtype` and `shape`. `part` says what of the file it is, empty
     for the whole, and `corner` (x, y) where a tile begins."""
-    height, width = embedding.original
+    (height, width), array = embedding.original, embedding.array
     row = {
         "embedding_id": embedding.embedding_id,
         "image_id": embedding.image_id,
@@ -126,17 +140,23 @@ def embedding_row(
         "model": embedding.model,
         "encoder_sha256": embedding.encoder_sha256,
         "preprocess": PREPROCESS,
-        "dtype": DTYPE,
-        "shape": list(embedding.array.shape),
-        "embedding": embedding.array.astype("<f2").tobytes(),
+        "dtype": None if pooled_only else array.dtype.name,
+        "shape": None if pooled_only else list(array.shape),
+        "embedding": None if pooled_only else array.astype(array.dtype.newbyteorder("<")).tobytes(),
         "pooled": pooled,
     }
     return pa.Table.from_pylist([row], SCHEMAS[EMBEDDINGS])
 
 
 def embedding_of(row: dict[str, Any]) -> Embedding:
-    """The inverse of `embedding_row`, from one row as a dict. The array is read-only."""
-    array = np.frombuffer(row["embedding"], dtype="<f2").reshape(row["shape"])
+    """The inverse of `embedding_row`, from one row as a dict. The array is read-only.
+
+    Raises:
+        InvalidEmbedding: of a dtype that is none of ours; of none, as with --pooled-only.
+    """
+    if row["dtype"] not in DTYPES:
+        raise InvalidEmbedding(f"the embedding of {row['image_uri']} is {row['dtype']}, not {' or '.join(DTYPES)}")
+    array = np.frombuffer(row["embedding"], np.dtype(row["dtype"]).newbyteorder("<")).reshape(row["shape"])
     return Embedding(
         embedding_id=row["embedding_id"],
         image_id=row["image_id"],
@@ -257,11 +277,12 @@ class ShardWriter:
     """Collects one shard's rows in local files, a row or an image at a time, then commits them. Use it in a `with`."""
 
     def __init__(self, storage: Storage, out: str, job: str, shard: int, metadata: dict[str, str]) -> None:
-        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`; `generation`, if not 0.
-        Without an `out` nothing is published."""
+        """`metadata` goes to every footer and must hold `fingerprint` and `encoder_sha256`; `generation`, if not 0;
+        `dtype` and `compression` where embeddings are not kept as usual. Without an `out` nothing is published."""
         self.storage, self.out, self.job, self.shard = storage, out, job, shard
         self.generation = int(metadata.get("generation", 0))
         self.metadata = {"schema_version": SCHEMA_VERSION, "job": job, "shard": str(shard), **metadata}
+        self.kept, self.compression = metadata.get("dtype", DTYPE), metadata.get("compression", COMPRESSIONS[0])
         self.folder = Path(tempfile.mkdtemp(prefix="cellray-shard-"))
         self.writers: dict[str, pq.ParquetWriter] = {}
         self.waiting: dict[str, list[pa.Table]] = {}
@@ -284,7 +305,7 @@ class ShardWriter:
 
     def add(self, dataset: str, table: pa.Table) -> None:
         """Append rows. Embeddings go to disk at once, one row a row group; the rest in groups of thousands."""
-        if dataset == EMBEDDINGS and self.rows.get(dataset) == MAX_ROWS_A_FILE:
+        if dataset == EMBEDDINGS and self.rows.get(dataset) == rows_a_file(self.kept):
             self._close(dataset)
         if dataset not in self.writers:
             self.writers[dataset] = self._open(dataset)
@@ -292,6 +313,7 @@ class ShardWriter:
         self.rows[dataset] += len(table)
         if dataset == EMBEDDINGS:
             self.embedding_ids += table["embedding_id"].to_pylist()
+        if dataset == EMBEDDINGS and self.kept != POOLED:
             self.writers[dataset].write_table(table, row_group_size=1)
             return
         self.waiting[dataset].append(table)
@@ -307,12 +329,12 @@ class ShardWriter:
     def _open(self, dataset: str) -> pq.ParquetWriter:
         schema = SCHEMAS[dataset]
         self.paths[dataset] = self.folder / f"{dataset}-{len(self.written)}.parquet"
-        plain = ["embedding"] if dataset == EMBEDDINGS else []  # zstd saves 15 %, and takes thrice as long to read
+        plain = ["embedding"] if dataset == EMBEDDINGS else []  # a blob: nothing to gain from a dictionary
         columns = [field.name for field in schema if field.name not in plain]
         return pq.ParquetWriter(
             self.paths[dataset],
             schema.with_metadata({f"cellray.{key}": value for key, value in self.metadata.items()}),
-            compression={leaf: "none" if leaf in plain else "zstd" for leaf in _leaves(schema)},
+            compression={leaf: self.compression if leaf in plain else "zstd" for leaf in _leaves(schema)},
             use_dictionary=[name for name in columns if dataset != EMBEDDINGS],
             write_statistics=[name for name in columns if name in ("image_uri", "image_id", "area", "model")],
         )
@@ -480,9 +502,11 @@ class Dataset:
 
 
 def open_embeddings(storage: Storage, uri: str, rows: list[int]) -> Iterator[Embedding]:
-    """Rows of one embeddings file, each read alone: about 2 MB."""
+    """Rows of one embeddings file, each read alone: about 2 MB. Raises InvalidEmbedding."""
     with storage.open(uri) as file:
         parquet = pq.ParquetFile(file)
+        if (parquet.schema_arrow.metadata or {}).get(b"cellray.dtype") == POOLED.encode():
+            raise InvalidEmbedding(f"{uri} holds no embeddings: {POOLED_ONLY}")
         for row in rows:
             yield embedding_of(parquet.read_row_group(row).to_pylist()[0])
 

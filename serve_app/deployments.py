@@ -10,8 +10,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
@@ -27,7 +28,7 @@ from cluster import memory
 from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
 from cluster.settings import Frozen, Settings, WeightsSettings
 from serve_app import ingress, models
-from serve_app.contract import ModelInfo
+from serve_app.contract import DTYPE, ModelInfo
 from serve_app.model import automask, checkpoint, decoder, encoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
@@ -46,6 +47,17 @@ AUTOMASKS = 2  # images at once a replica, up to 512 MB each: one is decoded whi
 Items = list[np.ndarray]
 
 
+@dataclass(frozen=True)
+class _Images:
+    """A call: images, and the dtype that their embeddings are to have."""
+
+    images: Items
+    dtype: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
 class DecoderOptions(Frozen):
     """`user_config:` of a decoder's deployment. Empty: the model's own decoder."""
 
@@ -61,7 +73,7 @@ class DecoderOptions(Frozen):
             raise InvalidSettings(f"user_config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _count(calls: list[list[Any]]) -> int:
+def _count(calls: Sequence[Sized]) -> int:
     """Items in a batch of calls. One call always fits, however long: the model works it off in chunks."""
     return sum(map(len, calls)) if len(calls) > 1 else 1
 
@@ -92,19 +104,23 @@ class EncoderReplica:
     def info(self) -> ModelInfo:
         return self.model_info
 
-    async def encode(self, images: Items) -> list[np.ndarray | CellrayError]:
-        """[h, w, 3] uint8 images with long side S → [C, g, g] float16 each, or an error in its place."""
-        return await self._encode(images)
+    async def encode(self, images: Items, dtype: str = DTYPE) -> list[np.ndarray | CellrayError]:
+        """[h, w, 3] uint8 images with long side S → [C, g, g] of `dtype`, one of DTYPES, each, or an error in its
+        place."""
+        return await self._encode(_Images(images, dtype))
 
     @serve.batch(
         max_batch_size=BATCH_IMAGES,
         batch_wait_timeout_s=BATCH_WAIT_S,
         batch_size_fn=_count,
     )
-    async def _encode(self, calls: list[Items]) -> list[list[np.ndarray | CellrayError]]:
-        images = [image for call in calls for image in call]
-        answers = iter(await anyio.to_thread.run_sync(encoder.embed, self.encoder, images))
-        return [[next(answers) for _ in call] for call in calls]
+    async def _encode(self, calls: list[_Images]) -> list[list[np.ndarray | CellrayError]]:
+        answers: dict[str, Iterator[np.ndarray | CellrayError]] = {}
+        for dtype in {call.dtype for call in calls}:
+            images = [image for call in calls if call.dtype == dtype for image in call.images]
+            embed = partial(encoder.embed, self.encoder, images, dtype=dtype)
+            answers[dtype] = iter(await anyio.to_thread.run_sync(embed))
+        return [[next(answers[call.dtype]) for _ in call.images] for call in calls]
 
 
 @dataclass(frozen=True)

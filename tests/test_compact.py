@@ -182,7 +182,6 @@ class Failing(Storage):
 
 def test_killed_anywhere_the_same_command_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "MAX_ROWS_A_FILE", 6)
-    monkeypatch.setattr(compact, "MAX_ROWS_A_FILE", 6)
     fill(Place(Storage(), str(tmp_path / "filled")), 3)
     place = Place(Storage(), str(tmp_path / "out"))
     for at in range(1, 100):
@@ -207,6 +206,28 @@ def test_killed_anywhere_the_same_command_ends_it(tmp_path: Path, monkeypatch: p
         assert faults(place) == [], at
         assert not set(files(place)) & dataset.open(place.uri).replaced
     assert at > 30, f"only {at - 1} steps"
+
+
+@pytest.mark.parametrize("kept", ["float32", "pooled"])
+def test_what_is_kept_of_embeddings_stays_as_it_is(tmp_path: Path, kept: str) -> None:
+    place = Place(Storage(), str(tmp_path))
+    made = Plan("embed", {**FACTS, "dtype": kept, "compression": "zstd", "images": 2, "shard_images": 1})
+    made.freeze(place.storage, place.uri)
+    named = {"fingerprint": made.fingerprint, "encoder_sha256": "e" * 64, "dtype": kept, "compression": "zstd"}
+    for shard in range(2):
+        with ShardWriter(place.storage, place.uri, "embed", shard, named) as writer:
+            array = np.full((4, 2, 2), 0.1 + shard, np.float32)
+            one = Embedding(f"id-{shard}", f"image-{shard}", "nano", "e" * 64, (60, 80), (192, 256), array)
+            row = dataset.embedding_row(one, uri_of(shard), array[:, 0, 0], pooled_only=kept == "pooled")
+            writer.add(EMBEDDINGS, row)
+            writer.commit()
+    before = rows(place)
+    run(place, delete=True)
+    assert (rows(place), faults(place)) == (before, [])
+    (file,) = [pq.ParquetFile(tmp_path / path) for path in files(place)]
+    assert file.num_row_groups == (1 if kept == "pooled" else 2)
+    column = file.schema_arrow.get_field_index("embedding")
+    assert file.metadata.row_group(0).column(column).compression == "ZSTD"
 
 
 def test_two_at_once(place: Place) -> None:
@@ -268,7 +289,7 @@ def test_generations_go_on_after_it(tmp_path: Path, delete: bool) -> None:
 
 
 def test_a_file_that_is_large_enough_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compact, "MAX_ROWS_A_FILE", 3)
+    monkeypatch.setattr(dataset, "MAX_ROWS_A_FILE", 3)
     place = Place(Storage(), str(tmp_path))
     fill(place)
     before = rows(place)

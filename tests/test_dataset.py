@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from cluster.errors import Conflict, InvalidInput, NotFound
+from cluster.errors import Conflict, InvalidEmbedding, InvalidInput, NotFound
 from cluster.settings import MIB
 from cluster.storage import Storage, join
 from serve_app import contract, dataset
@@ -261,6 +262,65 @@ def test_a_click_fetches_one_row(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.array_equal(one.array, embedding(13, (64, 64)).array)
     assert len(fetched) <= 3  # the footer's end, the rest of the footer, the row
     assert sum(fetched) < 2.5 * MIB
+
+
+def test_float32_goes_round(place: Place) -> None:
+    made = replace(embedding(1), array=np.random.default_rng(0).standard_normal((256, 3, 5)).astype(np.float32))
+    with ShardWriter(place.storage, place.uri, "embed", 0, METADATA | {"dtype": "float32"}) as writer:
+        writer.add(EMBEDDINGS, dataset.embedding_row(made, uri_of(1), pooled(1)))
+        writer.commit()
+    ((uri, _),) = dataset.open(place.uri, place.storage).files(EMBEDDINGS)
+    (read,) = dataset.open_embeddings(place.storage, uri, [0])
+    assert (read.array.dtype, read.array.dtype.isnative) == (np.float32, True)
+    np.testing.assert_array_equal(read.array, made.array)
+
+
+def test_a_file_has_less_than_2_gib_of_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {kept: dataset.rows_a_file(kept) for kept in ("float16", "float32", "pooled")}
+    assert sizes == {"float16": 512, "float32": 256, "pooled": 65536}
+    monkeypatch.setattr(dataset, "MAX_ROWS_A_FILE", 6)
+    with ShardWriter(Storage(), str(tmp_path / "out"), "embed", 0, METADATA | {"dtype": "float32"}) as writer:
+        for number in range(5):
+            one = replace(embedding(number), array=embedding(number).array.astype(np.float32))
+            writer.add(EMBEDDINGS, dataset.embedding_row(one, uri_of(number), pooled(number)))
+        assert [file.rows for file in writer.commit().files] == [3, 2]
+
+
+def test_of_a_pooled_only_data_set_there_is_no_embedding_to_read(place: Place) -> None:
+    with ShardWriter(place.storage, place.uri, "embed", 0, METADATA | {"dtype": "pooled"}) as writer:
+        for number in range(3):
+            row = dataset.embedding_row(embedding(number), uri_of(number), pooled(number), pooled_only=True)
+            writer.add(EMBEDDINGS, row)
+        record = writer.commit()
+    found = dataset.open(place.uri, place.storage)
+    rows = found.table(EMBEDDINGS).to_pylist()
+    assert [row["pooled"] for row in rows] == [pooled(number).tolist() for number in range(3)]
+    assert all((row["embedding"], row["dtype"], row["shape"]) == (None, None, None) for row in rows)
+    assert len(record.embedding_ids) == 3
+    ((uri, _),) = found.files(EMBEDDINGS)
+    with pytest.raises(InvalidEmbedding, match=r"\.parquet holds no embeddings: .* made with --pooled-only"):
+        list(dataset.open_embeddings(place.storage, uri, [1]))
+    with place.storage.open(uri) as file:
+        assert pq.ParquetFile(file).num_row_groups == 1
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("compression", "codec"), [("zstd", "ZSTD"), ("lz4", "LZ4")])
+def test_others_read_compressed_embeddings(tmp_path: Path, reader: str, compression: str, codec: str) -> None:
+    out = str(tmp_path / "out")
+    write(Storage(), out, embeddings=range(2), compression=compression)
+    (path,) = (tmp_path / "out" / "embeddings").iterdir()
+    assert codecs(pq.ParquetFile(path))["embedding"] == codec
+    rows = sorted(rows_without_us(reader, out, EMBEDDINGS), key=lambda row: row["image_uri"])
+    assert [bytes(row["embedding"]) for row in rows] == [embedding(number).array.tobytes() for number in range(2)]
+    read = list(dataset.open_embeddings(Storage(), str(path), [1]))
+    np.testing.assert_array_equal(read[0].array, embedding(1).array)
+
+
+def test_a_dtype_that_is_none_of_ours(tmp_path: Path) -> None:
+    row = dataset.embedding_row(embedding(0), uri_of(0), pooled(0)).to_pylist()[0] | {"dtype": "float64"}
+    with pytest.raises(InvalidEmbedding, match="is float64, not float16 or float32"):
+        dataset.embedding_of(row)
 
 
 # What exists

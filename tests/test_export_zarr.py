@@ -188,6 +188,16 @@ def test_embeddings_that_micro_sam_does_not_know(tmp_path: Path) -> None:
         export_zarr.uris(dataset.open(empty))
 
 
+def test_a_tile_is_not_an_image(tmp_path: Path) -> None:
+    with ShardWriter(Storage(), str(tmp_path), "embed", 0, METADATA) as writer:
+        made = Embedding("id", "image", "vit_b", "e" * 64, (64, 64), (1024, 1024), np.zeros(export_zarr.SHAPE, "f2"))
+        row = dataset.embedding_row(made, "/a.png", np.zeros(256, np.float32), part="xywh=0,0,64,64")
+        writer.add(EMBEDDINGS, row)
+        writer.commit()
+    with pytest.raises(InvalidInput, match=r"1 embeddings of planes, channels or tiles \(like xywh=0,0,64,64\)"):
+        export_zarr.uris(dataset.open(str(tmp_path)))
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(Storage(), str(tmp_path))
     embed(place, {"a.png": IMAGES["a.png"], "b.png": IMAGES["grey.png"]})

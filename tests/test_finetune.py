@@ -148,15 +148,18 @@ def test_labels_of_another_size_or_of_other_images(tmp_path: Path) -> None:
         training_source.matched(there, [("id", "x/other.png", SIZE, "file", 7)], asked)
 
 
-def stored(folder: Path, card: ModelCard, number: int) -> Path:
+def stored(folder: Path, card: ModelCard, number: int, kept: str = "float16") -> Path:
     """A data set of random embeddings of images that `plane` labels."""
-    names = {"fingerprint": "f" * 64, "encoder_sha256": card.encoder_sha256}
+    names = {"fingerprint": "f" * 64, "encoder_sha256": card.encoder_sha256, "dtype": kept}
+    dtype, pooled_only = ("float16", True) if kept == "pooled" else (kept, False)
     with dataset.ShardWriter(Storage(), str(folder), "embed", 0, names) as writer:
         for seed in range(number):
             image, array = contract.image_id(b"%d" % seed), np.random.default_rng(seed).normal(size=(256, 32, 32))
             own = contract.embedding_id(image, card.encoder_sha256, "float32")
-            made = Embedding(own, image, "nano", card.encoder_sha256, SIZE, (192, 256), array.astype(np.float16))
-            writer.add(dataset.EMBEDDINGS, dataset.embedding_row(made, f"/plate/image{seed}.png", made.pooled(8)))
+            made = Embedding(own, image, "nano", card.encoder_sha256, SIZE, (192, 256), array.astype(dtype))
+            uri = f"/plate/image{seed}.png"
+            row = dataset.embedding_row(made, uri, made.pooled(8), pooled_only=pooled_only)
+            writer.add(dataset.EMBEDDINGS, row)
         writer.commit()
     return folder
 
@@ -170,6 +173,16 @@ def test_embeddings_and_labels_become_samples(tmp_path: Path, folder: Path) -> N
     assert {one.image_id for one in both} == {contract.image_id(b"0"), contract.image_id(b"1")}
     assert all(one.image.shape == (256, 32, 32) and len(one.masks) == len(one.boxes) == 2 for one in both)
     assert all(one.background is None for one in both)  # there may be objects that nobody labelled
+
+
+def test_float32_embeddings_become_samples_and_pooled_ones_do_not(tmp_path: Path, folder: Path) -> None:
+    card, labels = ModelCard.read(folder), str(label_folder(tmp_path / "labels", 2))
+    given = str(stored(tmp_path / "in", card, 2, "float32"))
+    found, _ = training_source.source(request(tmp_path / "out", input=given, masks=labels, validation=0.0), card)
+    assert {one.image.dtype for one in found.batch(0, 2, 0.0)} == {np.dtype(np.float32)}
+    given = str(stored(tmp_path / "pooled", card, 2, "pooled"))
+    with pytest.raises(InvalidInput, match=r"pooled holds no embeddings: .* need jobs\.embed without it"):
+        training_source.source(request(tmp_path / "x", input=given, masks=labels, validation=0.0), card)
 
 
 @pytest.mark.parametrize(

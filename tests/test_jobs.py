@@ -25,7 +25,8 @@ import tifffile
 from PIL import Image
 
 from cluster import settings
-from jobs import cli, driver, embed, estimate, replicas, segment
+from cluster.storage import Storage
+from jobs import cli, driver, embed, estimate, replicas, segment, verify
 from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -87,6 +88,43 @@ def test_three_readers_see_what_the_model_computed(app: App, embedded: str, samp
         assert array.shape == (256, 32, 32)
         np.testing.assert_allclose(array.astype(np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=2e-3)
         np.testing.assert_allclose(list(row["pooled"]), array.astype(np.float32).mean((1, 2)), atol=1e-3)
+
+
+def test_embeddings_in_float32_compressed(app: App, sample_images: Path, tmp_path: Path) -> None:
+    path, out = sample_images / "ihc_rgb.png", tmp_path / "out"
+    assert run(embed, app, path, out, "--dtype", "float32", "--compression", "zstd") == 0
+    folder = models.prepare(settings.load(app.config), "nano")
+    pixels = preprocess.resize(preprocess.decode(path.read_bytes(), 10**8), 256).pixels
+    (expected,) = encoder.embed(encoder.load(folder, "reference"), [pixels], dtype="float32")
+    ((file, record),) = dataset.open(str(out)).files(dataset.EMBEDDINGS)
+    (read,) = dataset.open_embeddings(Storage(), file, [0])
+    assert isinstance(expected, np.ndarray)
+    assert read.array.dtype == expected.dtype == np.float32
+    assert np.abs(read.array - expected).max() < 1e-4 * np.abs(expected).max()
+    assert (read.array != read.array.astype(np.float16)).mean() > 0.9  # they came as float32, too
+    image_id = contract.image_id(path.read_bytes())
+    assert record.embedding_ids == (contract.embedding_id(image_id, record.encoder_sha256, "float32", "float32"),)
+    codecs = pq.ParquetFile(file).metadata.row_group(0)
+    assert {codecs.column(leaf).compression for leaf in range(codecs.num_columns)} == {"ZSTD"}
+    assert list(verify.verify(dataset.open(str(out)), lambda _: None)) == []
+    assert run(segment, app, path, tmp_path / "masks", "--embeddings", out, *GRID) == 0
+    assert dataset.open(str(tmp_path / "masks")).rows(dataset.MASKS) > 0
+
+
+def test_pooled_vectors_alone(
+    app: App, sample_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = sample_images / "ihc_rgb.png", tmp_path / "out"
+    assert run(embed, app, path, out, "--pooled-only", "--dtype", "float32") == 2
+    assert "leave out --dtype and --compression" in capsys.readouterr().err
+    assert run(embed, app, path, out, "--pooled-only") == 0
+    (row,) = dataset.open(str(out)).table(dataset.EMBEDDINGS).to_pylist()
+    assert (row["embedding"], len(row["pooled"])) == (None, 256)
+    assert list(verify.verify(dataset.open(str(out)), lambda _: None)) == []
+    assert run(segment, app, path, tmp_path / "masks", "--embeddings", out, *GRID) == 2
+    assert "holds no embeddings: its data set was made with --pooled-only" in capsys.readouterr().err
+    assert run(embed, app, path, out) == 1
+    assert "dtype: pooled there, float16 here" in capsys.readouterr().err
 
 
 def test_the_service_answers_from_what_the_job_embedded(app: App, embedded: str) -> None:
@@ -388,9 +426,27 @@ def test_what_failed_is_run_again_and_what_is_new_is_added(
     assert [said[name] for name in ("images", "unchanged", "encoder_calls", "errors")] == [6, 3, 2, 1]
     assert rows(dataset.EMBEDDINGS) == ["0.png", "1.png", "3.png", "bad.png", "new.png"]
     assert rows(dataset.ERRORS) == ["2.png"]
-    assert run(segment, app, source, out, "--embeddings", out, "--max-error-rate", 0.5, *GRID) == 0
-    assert set(rows(dataset.MASKS)) == {"0.png", "1.png", "3.png", "bad.png", "new.png"}
+    segmenting = (source, out, "--embeddings", out, "--max-error-rate", 0.5, "--shard-images", 3, *GRID)
+    assert run(segment, app, *segmenting) == 0
+    masked = rows(dataset.MASKS)
+    assert set(masked) == {"0.png", "1.png", "3.png", "bad.png", "new.png"}
     assert cli.main(["verify", str(out)]) == 0
+
+    assert cli.main(["compact", str(out), "--delete-old"]) == 0
+    assert cli.main(["verify", str(out)]) == 0
+    assert (rows(dataset.MASKS), rows(dataset.ERRORS)) == (masked, ["2.png", "2.png"])
+    assert len(dataset.open(str(out)).files(dataset.MASKS)) == 1
+    capsys.readouterr()
+    assert run(segment, app, *segmenting) == 0
+    assert "6 of 6 images are committed" in (said_again := capsys.readouterr().out)
+    assert "6 images, 1 errors" in said_again
+    assert rows(dataset.MASKS) == masked
+    assert run(segment, app, source, tmp_path / "masks", *segmenting[2:]) == 0  # from the new files
+    assert len(dataset.open(str(tmp_path / "masks")).table(dataset.MASKS)) == len(masked)
+    assert run(embed, app, source, out, "--update", "--max-error-rate", 0.5) == 0
+    said = report(out, "embed")
+    assert [said[name] for name in ("images", "unchanged", "encoder_calls", "errors")] == [6, 5, 0, 1]
+    assert rows(dataset.EMBEDDINGS) == ["0.png", "1.png", "3.png", "bad.png", "new.png"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -91,6 +91,37 @@ def test_a_changed_file(whole: Place, change: Callable[[bytes], bytes], said: st
     assert said in fault
 
 
+def test_float32(place: Place) -> None:
+    PLAN.freeze(place.storage, place.uri)
+    for shard, numbers in enumerate((range(3), [3, 4])):
+        kept = {0: "float32", 1: "float16"}[shard]  # the second shard's footer says float32
+        metadata = METADATA | {"dtype": "float32"}
+        with ShardWriter(place.storage, place.uri, "embed", shard, metadata) as writer:
+            for number in numbers:
+                array = np.full((4, 2, 2), 1e6 if not shard else 1, kept)
+                made = Embedding(f"id-{number}", f"image-{number}", "nano", "e" * 64, (60, 80), (192, 256), array)
+                writer.add(EMBEDDINGS, dataset.embedding_row(made, f"/x/{number}.png", np.zeros(4, np.float32)))
+            writer.commit()
+    assert faults(place) == [
+        "embeddings/embed-000-000001.parquet: 2 embeddings are not finite float32 numbers of their shape"
+    ]
+
+
+def test_pooled_only(place: Place) -> None:
+    PLAN.freeze(place.storage, place.uri)
+    for shard, (numbers, value) in enumerate(((range(3), 1), ([3, 4], np.nan))):
+        with ShardWriter(place.storage, place.uri, "embed", shard, METADATA | {"dtype": "pooled"}) as writer:
+            for number in numbers:
+                array = np.zeros((4, 2, 2), np.float16)
+                made = Embedding(f"id-{number}", f"image-{number}", "nano", "e" * 64, (60, 80), (192, 256), array)
+                pooled = np.full(4, value, np.float32)
+                writer.add(EMBEDDINGS, dataset.embedding_row(made, f"/x/{number}.png", pooled, pooled_only=number != 4))
+            writer.commit()
+    assert faults(place) == [
+        "embeddings/embed-000-000001.parquet: 2 embeddings are not finite pooled numbers of their shape"
+    ]
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     place = Place(Storage(), str(tmp_path))
     PLAN.freeze(place.storage, place.uri)

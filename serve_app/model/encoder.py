@@ -149,37 +149,40 @@ def normalise(
     return batch
 
 
-def embed(encoder: Encoder, images: Sequence[np.ndarray], max_batch: int = 8) -> list[np.ndarray | CellrayError]:
-    """Images → embeddings [256, S/patch, S/patch] float16, in order; a bad image is an error beside its neighbours.
+def embed(
+    encoder: Encoder, images: Sequence[np.ndarray], max_batch: int = 8, dtype: str = "float16"
+) -> list[np.ndarray | CellrayError]:
+    """Images → embeddings [256, S/patch, S/patch] of `dtype`, float16 or float32, in order; a bad image is an error
+    beside its neighbours.
 
     Errors:
         InvalidImage: not [h, w, 3] uint8 with long side S.
-        InvalidEmbedding: the encoder answered with numbers that float16 cannot hold.
+        InvalidEmbedding: the encoder answered with numbers that `dtype` cannot hold.
     """
     size = encoder.card.architecture.image_size
     results: list[np.ndarray | CellrayError] = [_problem(image, size) for image in images]  # type: ignore[misc]
     good = [index for index, problem in enumerate(results) if problem is None]
     for start in range(0, len(good), max_batch):
         chosen = good[start : start + max_batch]
-        for index, answer in zip(chosen, _encode(encoder, [images[index] for index in chosen]), strict=True):
+        for index, answer in zip(chosen, _encode(encoder, [images[index] for index in chosen], dtype), strict=True):
             results[index] = answer
     return results
 
 
-def _encode(encoder: Encoder, images: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
+def _encode(encoder: Encoder, images: list[np.ndarray], dtype: str) -> list[np.ndarray | CellrayError]:
     try:
-        embeddings = encoder.encode(images).half()
+        embeddings = encoder.encode(images).to(getattr(torch, dtype))
     except RuntimeError:  # out of memory, mostly
         log.exception(f"the encoder failed on a batch of {len(images)}")
         embeddings = None
     if embeddings is None:  # one by one, so that good neighbours are answered; here the failed batch's memory is free
         if len(images) > 1:
-            return [answer for image in images for answer in _encode(encoder, [image])]
+            return [answer for image in images for answer in _encode(encoder, [image], dtype)]
         return [Internal("the encoder failed on this image; the replica's log has the cause")]
     finite = torch.isfinite(embeddings).flatten(1).all(1).tolist()
     answers = zip(embeddings.cpu().numpy(), finite, strict=True)
     return [
-        array.copy() if ok else InvalidEmbedding("the encoder's output is not finite in float16")
+        array.copy() if ok else InvalidEmbedding(f"the encoder's output is not finite in {dtype}")
         for array, ok in answers
     ]
 
