@@ -60,8 +60,8 @@ class NullEncoder:
         shape = CHANNELS, side // PATCH, side // PATCH
         self.array = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
 
-    def encode(self, images: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
-        return [self.array.copy() for _ in images]
+    def encode(self, images: list[np.ndarray], dtype: str) -> list[np.ndarray | CellrayError]:
+        return [self.array.astype(dtype) for _ in images]
 
 
 class NullDecoder:
