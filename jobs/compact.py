@@ -134,7 +134,7 @@ def _groups(sources: Sequence[Source], most: int) -> list[list[Source]]:
     """Which of them become a file: as many in a row as fit, if that is more than one, or if rows of it fall away. One
     that is half full stays as it is: a row is not written again for every few that are added."""
     groups: list[list[Source]] = []
-    for source in sorted(sources, key=lambda source: not source.rows):  # those of which nothing stays by themselves
+    for source in sorted(sources, key=lambda source: not source.rows):  # nothing is written again for the empty ones
         whole = source.rows == source.file.rows
         if whole and not _fits([source, source], most):
             continue
@@ -146,7 +146,7 @@ def _groups(sources: Sequence[Source], most: int) -> list[list[Source]]:
 
 def _fits(group: Sequence[Source], most: int) -> bool:
     """Whether their rows that stand go into one file, of at most `most` embeddings."""
-    if len({(source.file.dataset, source.rows > 0) for source in group}) > 1:
+    if len({source.file.dataset for source in group}) > 1:
         return False
     size, rows = sum(source.bytes for source in group), sum(source.rows for source in group)
     if group[0].file.dataset == EMBEDDINGS:

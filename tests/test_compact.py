@@ -300,6 +300,11 @@ def test_a_file_that_is_large_enough_stays(tmp_path: Path, monkeypatch: pytest.M
     assert there == [*untouched, "embeddings/embed-001-000000.parquet", "embeddings/embed-002-000000.parquet"]
     assert "embed-000-000001.json" in records(place)  # its errors are merged, its embeddings are not
     assert "embed-000-000000.json" not in records(place)
+    made = begin(place, "embed", 2, 3, 1)
+    write(place, made, 0, [8], failed=[11])
+    before = rows(place)
+    run(place, delete=True)  # the merged errors are merged again, and the record that merged them has no file left
+    assert (rows(place), faults(place)) == (before, [])
 
 
 def test_a_damaged_file_is_not_carried_on(tmp_path: Path) -> None:
