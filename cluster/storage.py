@@ -25,6 +25,9 @@ from cluster.settings import MIB, StorageSettings
 S3 = "s3://"
 CHUNK = 8 * MIB
 PART_BYTES, PARTS_AT_ONCE = 16 * MIB, 4
+# Met another write; or the upload is over, as after a reply that was lost: whoever tries again sees what is there.
+AGAIN = ("ConditionalRequestConflict", "NoSuchUpload")
+CUT = ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError")  # a body that ended early
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class Storage:
             file = self._s3.open(uri, "rb", block_size=block_bytes, cache_type="none")
             if file.details["type"] != "file":
                 raise NotFound(f"{uri} is a prefix, expected an object")
-            return cast(IO[bytes], _Remote(uri, file))
+            return cast(IO[bytes], _Remote(uri, file, self.settings.attempts))
 
     def publish(self, uri: str, content: bytes | Path, ours: bool = False) -> None:
         """Create `uri` with `content` (bytes, or a local file), whole or not at all; never overwrites. A file that is
@@ -191,7 +194,7 @@ class Storage:
                     str(content), uri, mode="create", chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE
                 )
             except OSError as error:
-                if "ConditionalRequestConflict" not in _code(error) or not left:
+                if _code(error) not in AGAIN or not left:
                     raise
                 time.sleep(0.1)
 
@@ -313,10 +316,11 @@ def _code(error: OSError) -> str:
 
 
 class _Remote(io.RawIOBase):
-    """An open S3 file whose errors are ours, and whose short reads are errors."""
+    """An open S3 file whose errors are ours. A read that was cut short is tried again, and then is an error: botocore
+    repeats a request that failed, but not one whose body did."""
 
-    def __init__(self, uri: str, file: Any) -> None:
-        self.uri, self.file = uri, file
+    def __init__(self, uri: str, file: Any, attempts: int) -> None:
+        self.uri, self.file, self.attempts = uri, file, attempts
 
     def readable(self) -> bool:
         return True
@@ -331,13 +335,21 @@ class _Remote(io.RawIOBase):
         return int(self.file.seek(offset, whence))
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(self.file.size - self.file.tell(), 0)
+        start = self.file.tell()
+        left = max(self.file.size - start, 0)
         wanted = left if size is None or size < 0 else min(size, left)
-        with mapped(self.uri):
-            data = self.file.read(wanted) if wanted else b""
-        if len(data) != wanted:
-            raise Unavailable(f"{self.uri} was cut short: {len(data)} of {wanted} bytes came")
-        return bytes(data)
+        for _ in range(self.attempts):
+            self.file.seek(start)
+            try:
+                with mapped(self.uri):
+                    data = self.file.read(wanted) if wanted else b""
+            except Unavailable as error:
+                if type(error.__cause__).__name__ not in CUT:
+                    raise
+                data = b""
+            if len(data) == wanted:
+                return bytes(data)
+        raise Unavailable(f"{self.uri} was cut short: {len(data)} of {wanted} bytes came")
 
     def readinto(self, buffer: Any) -> int:
         data = self.read(len(buffer))
