@@ -23,6 +23,7 @@ bench: $(READY)  ## ratios against peers; each prints a table and one line of JS
 	$(BIN)/python -m tests.benchmarks.pipeline
 	$(BIN)/python -m tests.benchmarks.storage
 	$(BIN)/python -m tests.benchmarks.scale
+	$(BIN)/python -m tests.benchmarks.faults
 	$(BIN)/python -m tests.benchmarks.encoder
 	$(BIN)/python -m tests.benchmarks.decoder
 	$(BIN)/python -m tests.benchmarks.nano
