@@ -193,11 +193,10 @@ def _merge(work: Work, index: int, done: Callable[[int], Any], stopping: threadi
     own = {"fingerprint": made.fingerprint, "generation": str(made.generation)}
     with (
         mapped(tempfile.gettempdir()),
-        tempfile.TemporaryDirectory(prefix="cellray-compact-") as folder,
         ShardWriter(before.storage, before.uri, made.job, index, _metadata(before, group[-1]) | own) as writer,
     ):
         for source in group:
-            local, name = Path(folder) / "source.parquet", source.file.dataset
+            local, name = writer.folder / "source.parquet", source.file.dataset
             _fetch(before, source, local)
             for batch in pq.ParquetFile(local).iter_batches(1 if name == EMBEDDINGS else MASK_ROW_GROUP):
                 if stopping.is_set():

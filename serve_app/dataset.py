@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import Conflict, InvalidEmbedding, InvalidInput, NotFound
+from cluster.scratch import Scratch
 from cluster.settings import MIB
 from cluster.storage import Storage, absolute, join
 from serve_app.contract import DTYPE, DTYPES, POOLED, Embedding
@@ -283,7 +282,8 @@ class ShardWriter:
         self.generation = int(metadata.get("generation", 0))
         self.metadata = {"schema_version": SCHEMA_VERSION, "job": job, "shard": str(shard), **metadata}
         self.kept, self.compression = metadata.get("dtype", DTYPE), metadata.get("compression", COMPRESSIONS[0])
-        self.folder = Path(tempfile.mkdtemp(prefix="cellray-shard-"))
+        self.scratch = Scratch()
+        self.folder = self.scratch.path
         self.writers: dict[str, pq.ParquetWriter] = {}
         self.waiting: dict[str, list[pa.Table]] = {}
         self.rows: dict[str, int] = {}
@@ -301,7 +301,7 @@ class ShardWriter:
             for writer in self.writers.values():
                 writer.close()
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.scratch.close()
 
     def add(self, dataset: str, table: pa.Table) -> None:
         """Append rows. Embeddings go to disk at once, one row a row group; the rest in groups of thousands."""
