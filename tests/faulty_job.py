@@ -20,6 +20,7 @@ from ray.serve import Application
 
 from serve_app import contract
 from serve_app.contract import ModelInfo
+from tests.s3 import ROOT
 
 MODEL, SIDE, CHANNELS = "faults", 32, 16
 SHAPE = (CHANNELS, SIDE, SIDE)  # 32 KiB
@@ -87,7 +88,10 @@ def main(address: str, log: str) -> int:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ["AWS_SDK_UA_APP_ID"] = f"driver-{os.getpid()}"
-            environment = {"worker_process_setup_hook": "tests.faulty_job.set_up"}
+            environment = {
+                "env_vars": {"PYTHONPATH": str(ROOT)},
+                "worker_process_setup_hook": "tests.faulty_job.set_up",
+            }
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
             return embed.main(json.loads(line))
         print(driver, flush=True)
