@@ -152,7 +152,7 @@ class Part:
             x, y, width, height = self.box
             pixels = np.ascontiguousarray(pixels[y : y + height, x : x + width])
         looked = crops((pixels.shape[0], pixels.shape[1]), grid)[1:] if grid else []
-        image: ModelImage = preprocess.resize(pixels, image_size)
+        image = preprocess.resize(pixels, image_size)
         return ReadImage(self.image_id(), image, tuple(crop.cut(pixels, image_size) for crop in looked))
 
     @property
