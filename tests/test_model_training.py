@@ -74,7 +74,7 @@ def test_modules_answer_as_the_references(folder: Path) -> None:
     one = Sample("x", expected[0].numpy(), 256, boxes, np.zeros((2, 128, 128), np.uint8))
     with torch.no_grad():
         prompts = DrawnPrompts(trainer.network, one, (0, 0), boxes=True)
-        logits, scores = trainer.network.decode(expected.clone(), (0, 0), *prompts.embedded())
+        logits, scores = trainer.network.decode(expected.clone(), (0, 0), *training_samples.embedded([prompts]))
     request = DecodeRequest(expected[0].numpy(), (256, 256), Prompts(boxes=boxes))
     for outputs, multimask in ((slice(0, 1), False), (slice(1, None), True)):
         asked = DecodeRequest(request.embedding, request.original, request.prompts, multimask)
@@ -201,7 +201,7 @@ def test_what_is_trained_is_what_the_result_computes(folder: Path, tmp_path: Pat
             normal = encoder.normalise([pixels], 256, card.pixel_mean, card.pixel_std)
             assert relative(trainer.network.encode(normal, (0, 0)), array) < 1e-5
         prompts = DrawnPrompts(trainer.network, one, (0, 0), boxes=True)
-        logits, _ = trainer.network.decode(array.clone(), (0, 0), *prompts.embedded())
+        logits, _ = trainer.network.decode(array.clone(), (0, 0), *training_samples.embedded([prompts]))
     asked = DecodeRequest(one.image, (256, 256), Prompts(boxes=one.boxes))
     assert relative(logits[:, :1], decoder.load(tmp_path).logits(asked)[0]) < 1e-4
 
@@ -210,9 +210,9 @@ def test_clicks_lie_where_they_are_said_to(folder: Path) -> None:
     trainer = Trainer(folder, PLAN)
     one = sample(4)
     target = one.target("cpu")
-    prompts = DrawnPrompts(trainer.network, one, (2, 1), False, trainer.generator)
-    prompts.correct(torch.where(target > 0.5, -1.0, -2.0), target)  # all of it was missed
-    prompts.correct(torch.ones_like(target), target)  # all the rest was taken in
+    prompts = DrawnPrompts(trainer.network, one, (2, 1), False, torch.Generator())
+    prompts.correct(torch.where(target > 0.5, -1.0, -2.0))  # all of it was missed
+    prompts.correct(torch.ones_like(target))  # all the rest was taken in
     assert prompts.labels.tolist() == [[1, 1, 0]] * len(target)
     places = ((prompts.points + 0.5 - torch.tensor([8.0, 16.0])) / 2).floor().long()
     for own, points in zip(target, places, strict=True):
@@ -231,15 +231,15 @@ def test_clicks_beside_all_objects_lie_in_the_background(folder: Path) -> None:
     trainer, one = Trainer(folder, PLAN), with_background(4)
     count, target = len(one.boxes), one.target("cpu")
     assert one.background is not None
-    prompts = DrawnPrompts(trainer.network, one, (2, 1), False, trainer.generator, training_samples.NOWHERE)
-    assert prompts.nowhere == training_samples.NOWHERE
+    prompts = DrawnPrompts(trainer.network, one, (2, 1), False, torch.Generator(), training_samples.NOWHERE)
+    assert prompts.counted.tolist() == [True] * count + [False] * training_samples.NOWHERE
     assert prompts.labels.tolist() == [[1]] * (count + training_samples.NOWHERE)
     places = ((prompts.points[:, 0] + 0.5 - torch.tensor([8.0, 16.0])) / 2).floor().long().tolist()
     assert all(own[y, x] >= 0.5 for own, (x, y) in zip(target, places[:count], strict=True))
     assert [one.background[y, x] for x, y in places[count:]] == [
         training_samples.SUBSAMPLES**2
     ] * training_samples.NOWHERE
-    prompts.correct(torch.full_like(target, -1.0), target)
+    prompts.correct(torch.full_like(prompts.targets, -1.0))
     assert prompts.points.shape == (count, 2, 2)
 
 
@@ -250,9 +250,9 @@ def test_no_clicks_beside_objects(folder: Path, why: str) -> None:
         why, with_background(4)
     )
     trainer = Trainer(folder, PLAN)
-    generator, nowhere = (None, 0) if why == "validation" else (trainer.generator, training_samples.NOWHERE)
+    generator, nowhere = (None, 0) if why == "validation" else (torch.Generator(), training_samples.NOWHERE)
     prompts = DrawnPrompts(trainer.network, one, (0, 0), why == "boxes", generator, nowhere)
-    assert (prompts.nowhere, len(prompts.points)) == (0, len(one.boxes))
+    assert prompts.counted.tolist() == [True] * len(one.boxes)
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)

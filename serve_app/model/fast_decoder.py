@@ -198,7 +198,7 @@ class FastDecoder(ReferenceDecoder):
         """
 
         def each(shared: Tensor) -> Tensor:
-            return shared if owner is None else shared[owner]
+            return shared if owner is None else shared.index_select(0, owner)
 
         images, sparse = images.to(self.dtype), sparse.to(self.dtype)
         position = torch.cat([self.output_tokens.expand(sparse.shape[0], -1, -1).to(self.dtype), sparse], dim=1)

@@ -7,7 +7,7 @@ resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.nn import functional
 
 from cluster.errors import InvalidInput
 from serve_app.model.losses import LOSSES, iou, mask_loss
 from serve_app.model.training_network import Network, Place
-from serve_app.model.training_samples import NOWHERE, DrawnPrompts, Sample
+from serve_app.model.training_samples import NOWHERE, DrawnPrompts, Sample, embedded
 
 BALANCED = 0.4  # of a training from scratch: until then object and background weigh more alike than they are large,
 # less and less, and there are no corrections, nor clicks beside the objects
 BOXES = 2 / 3  # of the images; the others' objects get a click
 MOST_SEEDS = 1009  # a step: one for what its images share, and one an image
+AT_ONCE = 1 << 16  # prompts times their images' tokens that are decoded together, with what their gradient needs
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.999), 0.02, 1.0
 WARM_UP = 0.03  # of the whole training
 LAST_RATE = 0.02  # of the learning rate, where the cosine ends
@@ -84,8 +84,6 @@ class Trainer:
         others = [weight for name, weight in self.trained.items() if weight.dim() < 2 or "embed" in name]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, plan.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-        self.generator = torch.Generator(device)
-        self.uniform = partial(torch.rand, generator=self.generator, device=device)
 
     def step(self, samples: Sequence[Sample], progress: float) -> Outcome:
         """Change the weights by one batch, of one window; `progress` is the share of the training that is done. No
@@ -96,25 +94,26 @@ class Trainer:
         if not samples:
             self.step_count += 1
             return Outcome(math.nan, math.nan, math.nan)
-        self._seed(0)
+        uniform = partial(torch.rand, generator=self._seeded(0), device=self.network.device)
         self.balance = max(0.0, 1 - progress / BALANCED) if self.scratch else 0.0
         for parameter in self.network.working.values():
             parameter.grad = None
         sizes = self.network.card.architecture
         free = (sizes.image_size - samples[0].window) // sizes.patch + 1
-        row, column = (self.uniform(2) * free).int().tolist()
+        row, column = (uniform(2) * free).int().tolist()
         objects = sum(len(one.boxes) for one in samples)
         rounds = 1
-        if not self.balance and self.uniform(1).item() < 0.5:
-            rounds += int(self.uniform(1).item() * self.plan.rounds)
+        if not self.balance and uniform(1).item() < 0.5:
+            rounds += int(uniform(1).item() * self.plan.rounds)
         sums = torch.zeros(3, dtype=torch.float64)
         rank, ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         if own := list(samples[rank::ranks]):
-            embeddings = self.network.embeddings([one.image for one in own], samples[0].window, (row, column))
+            place = (row, column)
+            embeddings = self.network.embeddings([one.image for one in own], samples[0].window, place)
             leaf = embeddings.detach().requires_grad_(self.plan.encoder)
-            for index, one in enumerate(own):
-                self._seed(1 + rank + ranks * index)
-                sums += self._rounds(leaf[index : index + 1], one, (row, column), rounds, objects)
+            drawn = [self._drawn(one, place, 1 + rank + ranks * index) for index, one in enumerate(own)]
+            for part in _parts([len(one.targets) * leaf[0, 0].numel() for one in drawn]):
+                sums += self._rounds(leaf[part], drawn[part], place, rounds, objects)
             if self.plan.encoder:
                 embeddings.backward(leaf.grad)
         sums = self._gather(sums)
@@ -132,8 +131,8 @@ class Trainer:
         rows, network, place = [], self.network, (0, 0)
         for one in samples:
             embedding, target = network.embeddings([one.image], one.window, place), one.target(network.device)
-            asked = (DrawnPrompts(network, one, place, boxes).embedded() for boxes in (True, False))
-            (box, predicted), (click, _) = (network.decode(embedding, place, *each) for each in asked)
+            asked = (DrawnPrompts(network, one, place, boxes) for boxes in (True, False))
+            (box, predicted), (click, _) = (network.decode(embedding, place, *embedded([each])) for each in asked)
             rows.append(torch.stack([iou(box[:, 0], target), iou(click[:, 0], target), predicted[:, 0]]))
         if not rows:
             return {}
@@ -159,9 +158,10 @@ class Trainer:
         self.step_count = snapshot["step"]
         self.network.share()
 
-    def _seed(self, index: int) -> None:
-        """Draws that depend on seed, step and `index` alone, whichever process makes them."""
-        self.generator.manual_seed(((self.plan.seed * 1_000_003 + self.step_count) * MOST_SEEDS + index) % 2**63)
+    def _seeded(self, index: int) -> torch.Generator:
+        """Its draws depend on seed, step and `index` alone, whichever process makes them."""
+        seed = ((self.plan.seed * 1_000_003 + self.step_count) * MOST_SEEDS + index) % 2**63
+        return torch.Generator(self.network.device).manual_seed(seed)
 
     @torch.no_grad()
     def _gather(self, sums: Tensor) -> Tensor:
@@ -192,16 +192,21 @@ class Trainer:
         self.network.share()
         return True
 
-    def _rounds(self, embedding: Tensor, one: Sample, place: Place, rounds: int, objects: int) -> Tensor:
-        """Prompt one image's objects, then correct where the masks are wrong → [3] sums: loss, IoU loss, first IoU."""
-        target = one.target(self.network.device)
-        count = len(target)
-        boxes, nowhere = self.uniform(1).item() < BOXES, 0 if self.balance else NOWHERE
-        prompts = DrawnPrompts(self.network, one, place, boxes, self.generator, nowhere)
-        target = functional.pad(target, (0, 0, 0, 0, 0, prompts.nowhere))
+    def _drawn(self, one: Sample, place: Place, index: int) -> DrawnPrompts:
+        """An image's first prompts: boxes or clicks."""
+        generator = self._seeded(index)
+        boxes = torch.rand(1, generator=generator, device=generator.device).item() < BOXES
+        return DrawnPrompts(self.network, one, place, boxes, generator, 0 if self.balance else NOWHERE)
+
+    def _rounds(
+        self, embeddings: Tensor, drawn: Sequence[DrawnPrompts], place: Place, rounds: int, objects: int
+    ) -> Tensor:
+        """Ask for some images' objects, then correct where the masks are wrong → [3] sums: loss, IoU loss, first IoU."""
         sums = torch.zeros(3, dtype=torch.float64)
         for turn in range(rounds):
-            logits, predicted = self.network.decode(embedding, place, *prompts.embedded())
+            target = torch.cat([one.targets for one in drawn])
+            counted = torch.cat([one.counted for one in drawn])
+            logits, predicted = self.network.decode(embeddings, place, *embedded(drawn))
             if turn:
                 logits, predicted = logits[:, :1], predicted[:, :1]  # the first output is for clear prompts
             lost = mask_loss(logits, target, self.plan.loss, self.balance)
@@ -211,11 +216,24 @@ class Trainer:
             best = lost[:, 0]
             if not turn:  # whole, part or subpart may be meant: only the best of them learns
                 best = best + lost[:, 1:].amin(1)
-            loss = best[:count].sum() + iou_loss
+            loss = best[counted].sum() + iou_loss
             (loss / objects).backward()
             first = 0.0 if turn else actual[:, 0].sum().item()
             sums += torch.tensor([loss.item(), iou_loss.item(), first], dtype=torch.float64)
             if turn + 1 < rounds:
-                target, rows = target[:count], torch.arange(count, device=target.device)
-                prompts.correct(logits.detach()[rows, predicted.detach()[:count].argmax(1)], target)
+                rows = torch.arange(len(target), device=target.device)
+                chosen = logits.detach()[rows, predicted.detach().argmax(1)]
+                for one, own in zip(drawn, chosen.split([len(one.targets) for one in drawn]), strict=True):
+                    one.correct(own)
         return sums
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Runs of neighbours whose sizes add up to at most AT_ONCE, or of a single one."""
+    first, total = 0, 0
+    for index, size in enumerate(sizes):
+        if total + size > AT_ONCE and index > first:
+            yield slice(first, index)
+            first, total = index, 0
+        total += size
+    yield slice(first, len(sizes))

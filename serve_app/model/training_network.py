@@ -74,16 +74,21 @@ class Network:
         channels = _normed(functional.linear(tokens, first.weight.flatten(1)), norm).permute(0, 3, 1, 2)
         return _normed(second(channels).permute(0, 2, 3, 1), last).permute(0, 3, 1, 2)
 
-    def decode(self, embedding: Tensor, place: Place, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """One image's embedding [1, C, g, g], and prompts → ([N, M, 4g, 4g] logits, [N, M] predicted IoU), float32."""
-        decoder, side = self.decoder, embedding.shape[-1]
+    def decode(
+        self, embeddings: Tensor, place: Place, sparse: Tensor, dense: Tensor, owner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images' embeddings [I, C, g, g], and prompts as of `training_samples.embedded` → ([N, M, 4g, 4g] logits,
+        [N, M] predicted IoU), float32."""
+        decoder, side = self.decoder, embeddings.shape[-1]
         row, column = place
         decoder.derive()  # each time: a graph's backward pass frees what the weights were made into
         position = decoder.dense_pe[0, :, row : row + side, column : column + side]
         decoder.position = position.flatten(1).T.to(self.dtype)
-        images = (embedding + dense.to(self.dtype)).flatten(2).transpose(1, 2)
-        owner = None if len(images) == 1 else torch.arange(len(images), device=self.device)
-        image, weights, scores = decoder.look(images, sparse, owner)
+        images, dense = (each.flatten(2).transpose(1, 2).contiguous() for each in (embeddings, dense.to(self.dtype)))
+        if len(dense) > 1:  # a mask prompt each: each looks at an image of its own
+            images, owner = images.index_select(0, owner), torch.arange(len(owner), device=self.device)
+        images = images + dense
+        image, weights, scores = decoder.look(images, sparse, None if len(images) == 1 else owner)
         return decoder.upscale(image, weights, None), scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,9 @@ class DrawnPrompts:
 
     Without a generator boxes are exact, and clicks as far inside as can be. `nowhere` more are in the background,
     where it is known.
+
+    targets: [N, s, s] float32 in 0–1, what should be found; nothing for clicks in the background. counted: [N] bool,
+    the prompts that are for an object.
     """
 
     def __init__(
@@ -97,11 +101,12 @@ class DrawnPrompts:
         patch, device = network.card.architecture.patch, network.device
         self.network, self.generator, self.stride = network, generator, patch / 4
         self.corner = torch.tensor([place[1], place[0]], device=device) * patch
-        planes = one.target(device)
+        planes = self.targets = one.target(device)
         if not boxes and nowhere and one.background is not None:
             clear = torch.tensor(one.background == SUBSAMPLES**2, dtype=torch.float32, device=device)
             planes = torch.cat([planes, clear.expand(nowhere if clear.any() else 0, -1, -1)])
-        self.nowhere = len(planes) - len(one.boxes)  # the last of the prompts are for no object
+            self.targets = functional.pad(self.targets, (0, 0, 0, 0, 0, len(planes) - len(self.targets)))
+        self.counted = torch.arange(len(planes), device=device) < len(one.boxes)
         self.points = torch.zeros(len(planes), 0, 2, device=device)
         self.labels = torch.zeros(len(planes), 0, dtype=torch.int32, device=device)
         self.boxes: Tensor | None = None
@@ -115,12 +120,13 @@ class DrawnPrompts:
             given += noise.clamp(-BOX_JITTER_MOST, BOX_JITTER_MOST) * (given[:, 2:] - given[:, :2]).repeat(1, 2)
         self.boxes = given.clamp(0, one.window) + self.corner.repeat(2)
 
-    def correct(self, logits: Tensor, target: Tensor) -> None:
+    def correct(self, logits: Tensor) -> None:
         """One more click an object, where logits [N, s, s] are wrong (anywhere in it where they are not); the logits
         become the next round's mask prompt. Clicks for no object end here."""
-        self.points, self.labels = self.points[: len(target)], self.labels[: len(target)]
-        wrong = ((logits > 0) != (target > 0.5)).float()
-        self._click(torch.where(wrong.any(1).any(1)[:, None, None], wrong, target), target)
+        self.points, self.labels, logits = self.points[self.counted], self.labels[self.counted], logits[self.counted]
+        self.targets, self.counted = self.targets[self.counted], self.counted[self.counted]
+        wrong = ((logits > 0) != (self.targets > 0.5)).float()
+        self._click(torch.where(wrong.any(1).any(1)[:, None, None], wrong, self.targets), self.targets)
         self.masks = logits[:, None]
 
     def _click(self, weight: Tensor, target: Tensor | None = None) -> None:
@@ -145,3 +151,12 @@ class DrawnPrompts:
         points = (self.points, self.labels) if self.points.shape[1] else None
         sparse, dense = encoder(points=points, boxes=self.boxes, masks=self.masks)
         return sparse, dense if self.masks is not None else encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+
+
+def embedded(drawn: Sequence[DrawnPrompts]) -> tuple[Tensor, Tensor, Tensor]:
+    """Images' prompts, all of the same round: what `DrawnPrompts.embedded` gives of them together (a box and a click
+    have as many tokens), and the place in `drawn` of each prompt's image, [N] int64."""
+    sparse, dense = zip(*(one.embedded() for one in drawn), strict=True)
+    counts = torch.tensor([len(one) for one in sparse], device=sparse[0].device)
+    owner = torch.arange(len(drawn), device=counts.device).repeat_interleave(counts)
+    return torch.cat(sparse), torch.cat(dense) if drawn[0].masks is not None else dense[0], owner
