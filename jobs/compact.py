@@ -23,8 +23,9 @@ from cluster.storage import join, mapped
 from jobs import plan
 from jobs.plan import COMPACT, ITS_OWN, Plan
 from serve_app import dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import DTYPE
-from serve_app.dataset import EMBEDDINGS, MASK_ROW_GROUP, Dataset, Record, ShardFile, ShardWriter
+from serve_app.dataset import EMBEDDINGS, MASK_ROW_GROUP, Dataset, Record, ShardFile
 
 FILES_AT_ONCE = 4  # each with one file of its sources and its own on the local disk
 EMBEDDINGS_BYTES = 1280 * MIB  # of a file's sources: 512 rows of 2 MiB, 256 of 4

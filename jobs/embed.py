@@ -22,8 +22,9 @@ from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.shards import Pipeline, Progress, measured, sound
 from serve_app import contract, dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import DTYPE, POOLED, Embedding, ModelInfo
-from serve_app.dataset import Dataset, ShardWriter
+from serve_app.dataset import Dataset
 
 NAME = "embed"
 DESCRIPTION = """Run a model's image encoder over every image of INPUT and write the embeddings to OUTPUT.

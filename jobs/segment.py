@@ -29,8 +29,8 @@ from jobs.prompts import ImagePrompts
 from jobs.shards import Pipeline, Progress, measured, sound
 from jobs.views import View
 from serve_app import dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding, ModelInfo
-from serve_app.dataset import ShardWriter
 from serve_app.model import masks, tiles
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import DecodeRequest, GridOptions, crops

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from cluster import settings
 from jobs import cli
 from serve_app import dataset, models
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.dataset import ShardWriter
 from serve_app.model import checkpoint, masks, onnx
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.masks import MaskSet

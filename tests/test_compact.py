@@ -19,8 +19,9 @@ from cluster.storage import Storage, join
 from jobs import cli, compact, driver, plan, verify
 from jobs.plan import Plan
 from serve_app import dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, ShardWriter
+from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS
 from serve_app.store import EmbeddingStore
 from tests.s3 import Place, place_fixture, s3_fixture  # noqa: F401
 from tests.test_dataset import committed

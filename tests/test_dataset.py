@@ -25,8 +25,9 @@ from cluster.errors import Conflict, InvalidEmbedding, InvalidInput, NotFound
 from cluster.settings import MIB
 from cluster.storage import Storage, join
 from serve_app import contract, dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, SCHEMAS, Record, ShardWriter
+from serve_app.dataset import EMBEDDINGS, ERRORS, MASKS, SCHEMAS, Record
 from serve_app.model import masks
 from serve_app.model.masks import MaskSet
 from tests.s3 import S3, Place, place_fixture, s3_fixture  # noqa: F401

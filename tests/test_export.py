@@ -15,8 +15,9 @@ from cluster.errors import Conflict, NotFound
 from cluster.storage import Storage, join
 from jobs import cli, export
 from serve_app import dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.dataset import EMBEDDINGS, MASKS, ShardWriter
+from serve_app.dataset import EMBEDDINGS, MASKS
 from serve_app.model import masks
 from serve_app.model.masks import MaskSet
 from tests.s3 import Place, place_fixture, s3_fixture  # noqa: F401

@@ -18,8 +18,9 @@ from cluster.settings import Limits
 from cluster.storage import Storage, join
 from jobs import cli, export, export_zarr
 from serve_app import contract, dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.dataset import EMBEDDINGS, ShardWriter
+from serve_app.dataset import EMBEDDINGS
 from serve_app.model import preprocess
 from tests.s3 import Place, place_fixture, s3_fixture  # noqa: F401
 

@@ -22,6 +22,7 @@ from jobs import curves, embed, finetune, labels, segment, training_data, traini
 from jobs.training_data import Clock, Generated, Images, held_out
 from jobs.training_loop import Request, Told, Training
 from serve_app import contract, dataset, models
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
 from serve_app.model import checkpoint, decoder, masks, training_samples
 from serve_app.model.checkpoint import ModelCard
@@ -152,7 +153,7 @@ def stored(folder: Path, card: ModelCard, number: int, kept: str = "float16") ->
     """A data set of random embeddings of images that `plane` labels."""
     names = {"fingerprint": "f" * 64, "encoder_sha256": card.encoder_sha256, "dtype": kept}
     dtype, pooled_only = ("float16", True) if kept == "pooled" else (kept, False)
-    with dataset.ShardWriter(Storage(), str(folder), "embed", 0, names) as writer:
+    with ShardWriter(Storage(), str(folder), "embed", 0, names) as writer:
         for seed in range(number):
             image, array = contract.image_id(b"%d" % seed), np.random.default_rng(seed).normal(size=(256, 32, 32))
             own = contract.embedding_id(image, card.encoder_sha256, "float32")

@@ -16,8 +16,9 @@ from cluster.storage import Storage, join
 from jobs import cli, verify
 from jobs.plan import Plan
 from serve_app import dataset
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.dataset import EMBEDDINGS, ERRORS, ShardWriter
+from serve_app.dataset import EMBEDDINGS, ERRORS
 from tests.s3 import Place, place_fixture, s3_fixture  # noqa: F401
 
 PLAN = Plan("embed", {"images": 5, "shard_images": 3})

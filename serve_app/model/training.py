@@ -201,7 +201,7 @@ class Trainer:
     def _rounds(
         self, embeddings: Tensor, drawn: Sequence[DrawnPrompts], place: Place, rounds: int, objects: int
     ) -> Tensor:
-        """Ask for some images' objects, then correct where the masks are wrong → [3] sums: loss, IoU loss, first IoU."""
+        """Ask for images' objects, then correct where the masks are wrong → [3] sums: loss, IoU loss, first IoU."""
         sums = torch.zeros(3, dtype=torch.float64)
         for turn in range(rounds):
             target = torch.cat([one.targets for one in drawn])

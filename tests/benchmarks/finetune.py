@@ -38,6 +38,7 @@ from cluster.settings import ModelSettings, Settings
 from cluster.storage import Storage
 from jobs import embed, finetune, synthetic
 from serve_app import contract, dataset, models
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
 from serve_app.model import checkpoint, encoder, training_samples
 from serve_app.model.checkpoint import ModelCard
@@ -228,7 +229,7 @@ def store(out: str, card: ModelCard, arrays: list[np.ndarray], dtype: str) -> st
     """Embeddings as jobs.embed writes them → the Parquet file's URI."""
     size = (card.architecture.image_size,) * 2
     metadata = {"fingerprint": "f" * 64, "encoder_sha256": card.encoder_sha256}
-    with dataset.ShardWriter(Storage(), out, embed.NAME, 0, metadata) as writer:
+    with ShardWriter(Storage(), out, embed.NAME, 0, metadata) as writer:
         for index, array in enumerate(arrays):
             image = contract.image_id(b"%d" % index)
             own = contract.embedding_id(image, card.encoder_sha256, dtype)

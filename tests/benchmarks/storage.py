@@ -34,7 +34,8 @@ from cluster import settings
 from cluster.settings import StorageSettings
 from cluster.storage import Storage
 from jobs import samples
-from serve_app import dataset, models
+from serve_app import commit, dataset, models
+from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
 from serve_app.model import encoder, preprocess
 from tests.benchmarks.nano import report
@@ -78,7 +79,7 @@ def table(array: Array, number: int) -> pa.Table:
 
 def write_cellray(folder: Path, made: list[Array]) -> None:
     metadata = {"fingerprint": "0" * 64, "encoder_sha256": "0" * 64}
-    with dataset.ShardWriter(Storage(), str(folder), "embed", 0, metadata) as writer:
+    with ShardWriter(Storage(), str(folder), "embed", 0, metadata) as writer:
         for number, array in enumerate(made):
             writer.add(dataset.EMBEDDINGS, table(array, number))
         writer.commit()
@@ -266,7 +267,7 @@ def on_s3(temporary: Path, made: list[Array]) -> dict[str, dict[str, float]]:
 
 def write_compressed(path: Path, codec: str, made: list[Array]) -> None:
     schema = dataset.SCHEMAS[dataset.EMBEDDINGS]
-    leaves = {leaf: codec if leaf == "embedding" else "zstd" for leaf in dataset._leaves(schema)}
+    leaves = {leaf: codec if leaf == "embedding" else "zstd" for leaf in commit._leaves(schema)}
     options: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(path, schema, compression=leaves, **options) as out:
         for number, array in enumerate(made):
