@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster import serve_config
 from cluster import settings as settings_module
 from cluster.errors import CellrayError, InvalidInput
 
+MODEL = "a model's name, a checkpoint, or a folder by `cellray extract`"
+DATASET = "an output of the jobs, a folder or s3://…"
 DEFAULT_SERVE_CONFIG = Path("deploy/serve.local.yaml")
 EXPORT_ONNX = """Write a model's prompt encoder and mask decoder to OUT as ONNX, under segment_anything's names: a
 browser, or a program with onnxruntime, makes masks from stored embeddings. Needs `pip install 'cellray[onnx]'`.
@@ -89,10 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    extract = commands.add_parser(
+    def command(name: str, run: Callable[[Any], int], brief: str, about: str, epilog: str = "") -> Any:
+        shown = argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter
+        one = commands.add_parser(name, help=brief, description=about, epilog=epilog, formatter_class=shown)
+        one.set_defaults(run=run)
+        return one
+
+    extract = command(
         "extract",
-        help="split a checkpoint into encoder and decoder",
-        description="Split a Segment Anything checkpoint into OUT/encoder.safetensors, OUT/decoder.safetensors and "
+        _extract,
+        "split a checkpoint into encoder and decoder",
+        "Split a Segment Anything checkpoint into OUT/encoder.safetensors, OUT/decoder.safetensors and "
         "OUT/model.json, and print which parameters went where. Nothing in the checkpoint is executed.",
     )
     extract.add_argument(
@@ -103,47 +113,39 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     extract.add_argument("--licence", default="unknown", help="recorded in model.json, data sets and /v1/models")
     extract.add_argument("--float16", action="store_true", help="keep the numbers in float16")
-    extract.add_argument("--config", help="settings YAML")
-    extract.set_defaults(run=_extract)
 
-    onnx = commands.add_parser(
-        "export-onnx",
-        help="write a model's decoder as an ONNX file",
-        description=EXPORT_ONNX,
-        epilog=EXPORT_ONNX_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    onnx = command(
+        "export-onnx", _export_onnx, "write a model's decoder as an ONNX file", EXPORT_ONNX, EXPORT_ONNX_EXAMPLE
     )
-    onnx.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint, or a folder by `cellray extract`")
+    onnx.add_argument("model", metavar="MODEL", help=MODEL)
     onnx.add_argument("out", metavar="OUT", type=Path, help="the file to write")
     onnx.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     onnx.add_argument("--licence", default="unknown", help="of a checkpoint; recorded in the file")
-    onnx.add_argument("--config", help="settings YAML")
-    onnx.set_defaults(run=_export_onnx)
 
-    gate = commands.add_parser(
+    gate = command(
         "gate",
-        help="check a runtime and dtype against segment_anything's float32",
-        description="Run a model in a runtime and dtype beside segment_anything's own modules in float32, on the same "
+        _gate,
+        "check a runtime and dtype against segment_anything's float32",
+        "Run a model in a runtime and dtype beside segment_anything's own modules in float32, on the same "
         "real images and prompts, and print how far apart they are. Exit code: 0 where every rule holds, 1 where one "
         "is broken, 2 where there was nothing to compare.",
     )
-    gate.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint, or a folder by `cellray extract`")
+    gate.add_argument("model", metavar="MODEL", help=MODEL)
     gate.add_argument("--dtype", default="float32", help="what products are computed in (default: %(default)s)")
     gate.add_argument("--runtime", default="auto", help="as in the settings (default: %(default)s)")
     gate.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     gate.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="in place of the samples")
     gate.add_argument("--json", action="store_true", help="the figures as JSON too, as the last line")
-    gate.add_argument("--config", help="settings YAML")
-    gate.set_defaults(run=_gate)
 
     samples = commands.add_parser("samples", help="write real sample images of many formats", add_help=False)
     samples.add_argument("rest", nargs=argparse.REMAINDER)
     samples.set_defaults(run=_samples)
 
-    synthetic = commands.add_parser(
+    synthetic = command(
         "synthetic",
-        help="write synthetic cells with their labels",
-        description="Write OUT/images/KIND_SEED.png and, under the same names, OUT/labels: uint16, 0 and 1..N. The "
+        _synthetic,
+        "write synthetic cells with their labels",
+        "Write OUT/images/KIND_SEED.png and, under the same names, OUT/labels: uint16, 0 and 1..N. The "
         "same arguments give the same bytes.",
     )
     synthetic.add_argument("out", metavar="OUT", type=Path, help="the folder to write: new, or empty")
@@ -152,67 +154,46 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--size", type=int, default=512, help="height and width, px (default: %(default)s)")
     synthetic.add_argument("--kind", help="one kind of field (default: all, mixed); a wrong one lists them")
     synthetic.add_argument("--dtype", default="uint8", help="uint8, RGB; uint16, a TIFF of the camera's channels")
-    synthetic.set_defaults(run=_synthetic)
 
-    show = commands.add_parser(
-        "show", help="draw a data set's images with their masks", description="Write a contact sheet of a data set."
-    )
-    show.add_argument("dataset", metavar="OUT", help="an output of the jobs, a folder or s3://…")
+    show = command("show", _show, "draw a data set's images with their masks", "Write a contact sheet of a data set.")
+    show.add_argument("dataset", metavar="OUT", help=DATASET)
     show.add_argument("--to", type=Path, default=Path("."), help="folder for index.html and contact.png (default: .)")
     show.add_argument("--images", type=int, default=120, help="at most this many (default: %(default)s)")
-    show.add_argument("--config", help="settings YAML")
-    show.set_defaults(run=_show)
 
-    verify = commands.add_parser(
+    verify = command(
         "verify",
-        help="check every committed file of a data set",
-        description="Read a data set whole, and print a line for all that is wrong: files that differ from their "
+        _verify,
+        "check every committed file of a data set",
+        "Read a data set whole, and print a line for all that is wrong: files that differ from their "
         "records, numbers that are not finite, images that are there twice, shards that are missing. Exit code: 0 "
         "where it is whole, else 1.",
     )
-    verify.add_argument("dataset", metavar="OUT", help="an output of the jobs, a folder or s3://…")
-    verify.add_argument("--config", help="settings YAML")
-    verify.set_defaults(run=_verify)
+    verify.add_argument("dataset", metavar="OUT", help=DATASET)
 
-    compact = commands.add_parser(
-        "compact",
-        help="merge a data set's many small files into few",
-        description=COMPACT,
-        epilog=COMPACT_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    compact.add_argument("dataset", metavar="OUT", help="an output of the jobs that is done, a folder or s3://…")
+    compact = command("compact", _compact, "merge a data set's many small files into few", COMPACT, COMPACT_EXAMPLE)
+    compact.add_argument("dataset", metavar="OUT", help=f"{DATASET}; its jobs are done")
     compact.add_argument("--dry-run", action="store_true", help="only say how many files and bytes there would be")
     compact.add_argument("--delete-old", action="store_true", help="then delete the files whose rows are in new ones")
-    compact.add_argument("--config", help="settings YAML")
-    compact.set_defaults(run=_compact)
 
-    export = commands.add_parser(
-        "export",
-        help="write a data set's masks or embeddings for other tools",
-        description=EXPORT,
-        epilog=EXPORT_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    export = command(
+        "export", _export, "write a data set's masks or embeddings for other tools", EXPORT, EXPORT_EXAMPLE
     )
-    export.add_argument("dataset", metavar="OUT", help="an output of the jobs, a folder or s3://…")
+    export.add_argument("dataset", metavar="OUT", help=DATASET)
     export.add_argument("--to", choices=("coco", "labels", "zarr"), required=True)
     export.add_argument("target", metavar="TARGET", help="the file, or the folder, to write; may be s3://…")
     export.add_argument(
         "--micro-sam-model", metavar="NAME", help="with zarr: micro-sam's name of the model (default: by OUT's)"
     )
-    export.add_argument("--config", help="settings YAML")
-    export.set_defaults(run=_export)
 
-    for name, text in (
-        ("serve", "start Ray and the app here, until Ctrl-C"),
-        ("demo", "embed and segment real images"),
-    ):
-        one = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    serve = command(
+        "serve", _serve, "start Ray and the app here, until Ctrl-C", "Start Ray and the app here, until Ctrl-C."
+    )
+    demo = command("demo", _demo, "embed and segment real images", "Embed and segment real images.")
+    for one in (serve, demo):
         one.add_argument("--serve-config", type=Path, default=DEFAULT_SERVE_CONFIG, help="(default: %(default)s)")
-        one.set_defaults(run=_serve if name == "serve" else _demo)
-        if name == "demo":
-            one.add_argument("--to", type=Path, default=Path("demo"), help="folder to fill (default: %(default)s)")
-            one.add_argument("--config", help="settings YAML")
+    demo.add_argument("--to", type=Path, default=Path("demo"), help="folder to fill (default: %(default)s)")
+    for one in (extract, onnx, gate, show, verify, compact, export, demo):
+        one.add_argument("--config", help="settings YAML")
     return made
 
 

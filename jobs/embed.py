@@ -20,7 +20,7 @@ from jobs.driver import Job
 from jobs.images import Entry
 from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
-from jobs.shards import Pipeline, Progress, measured, sound
+from jobs.shards import Done, Pipeline, Progress, sound, written
 from serve_app import contract, dataset
 from serve_app.commit import ShardWriter
 from serve_app.contract import DTYPE, POOLED, Embedding, ModelInfo
@@ -175,35 +175,23 @@ def _shard(
     )
     found = expanded(sources, lambda entry: pipeline.persist(lambda: fetch(entry)), settings.limits, poisoned)
     with ShardWriter(storage, out, NAME, index, metadata) as writer:
-        failures = 0
-        for rows, done in enumerate(pipeline.run(found), 1):
+
+        def add(done: Done[Source, ReadImage | None, np.ndarray | None]) -> int:
             entry, part = done.source.entry, done.source.part
-            name, corner = name_of(done.source), part.corner if part else (0, 0)
             if done.item is not None:
                 writer.supersede(entry.uri)
-            if isinstance(done.item, CellrayError):
-                failures += 1
-                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "read", done.item, name))
-            elif isinstance(done.result, CellrayError):
-                failures += 1
-                writer.add(dataset.ERRORS, dataset.error_row(entry.uri, "encode", done.result, name))
-            elif done.item is not None and done.result is not None:
-                made, pooled_only = embedding(done.item, done.result, info, kept), kept == POOLED
-                pooled = made.pooled(info.patch)
-                row = dataset.embedding_row(made, entry.uri, pooled, entry.key, name, corner, pooled_only)
+            if isinstance(done.item, ReadImage) and isinstance(done.result, np.ndarray):
+                made, corner = embedding(done.item, done.result, info, kept), part.corner if part else (0, 0)
+                pooled, name = made.pooled(info.patch), name_of(done.source)
+                row = dataset.embedding_row(made, entry.uri, pooled, entry.key, name, corner, kept == POOLED)
                 writer.add(dataset.EMBEDDINGS, row)
                 progress.encoder_calls += 1
             if part is None or part.ends:
-                progress.images += 1
                 progress.bytes_read += entry.size
-                progress.errors += failures > 0
                 progress.unchanged += done.item is None
-                failures = 0
-            if rows % batch == 0:
-                yield measured(progress)
-        record = writer.commit()
-    progress.bytes_written = sum(file.bytes for file in record.files)
-    yield measured(progress)
+            return 0
+
+        yield from written(pipeline, found, writer, "encode", add)
 
 
 if __name__ == "__main__":

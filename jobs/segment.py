@@ -26,7 +26,7 @@ from jobs.images import Entry
 from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
-from jobs.shards import Pipeline, Progress, measured, sound
+from jobs.shards import Done, Pipeline, Progress, sound, written
 from jobs.views import View
 from serve_app import dataset
 from serve_app.commit import ShardWriter
@@ -335,37 +335,25 @@ def _shard(
         read, segmenter.call, lambda source: cost(source) + held, batch, progress
     )
     with ShardWriter(segmenter.storage, out, NAME, index, metadata) as writer:
-        failures = 0
         pieces: list[Piece] = []
-        for rows, done in enumerate(pipeline.run(segmenter.parts(sources, pipeline, poisoned)), 1):
-            source, entry, part = done.source, done.source.entry, done.source.part
-            writer.supersede(entry.uri)
+
+        def add(done: Done[Source, Item, Answer | None]) -> int:
+            source, part = done.source, done.source.part
+            writer.supersede(source.entry.uri)
             if isinstance(done.item, tuple) and isinstance(done.item[1], ReadImage):
                 progress.encoder_calls += 1 + len(done.item[1].crops)
             errors = _beyond_tiles(source) if part and part.index == 0 else []
-            if isinstance(done.item, CellrayError):
-                errors.append(dataset.error_row(entry.uri, "read", done.item, name_of(source)))
-            elif isinstance(done.result, CellrayError):
-                errors.append(dataset.error_row(entry.uri, "segment", done.result, name_of(source)))
-            elif done.result is not None:
-                pieces.append((source, *done.result))
             for row in errors:
                 writer.add(dataset.ERRORS, row)
-            failures += len(errors)
-            if part is None or part.last:
-                if pieces:
-                    writer.add(dataset.MASKS, made := _rows(pieces, info, options))
-                    progress.masks += len(made)
-                pieces = []
-            if part is None or part.ends:
-                progress.images += 1
-                progress.errors += failures > 0
-                failures = 0
-            if rows % batch == 0:
-                yield measured(progress)
-        record = writer.commit()
-    progress.bytes_written = sum(file.bytes for file in record.files)
-    yield measured(progress)
+            if isinstance(done.result, tuple):
+                pieces.append((source, *done.result))
+            if (part is None or part.last) and pieces:
+                writer.add(dataset.MASKS, made := _rows(pieces, info, options))
+                progress.masks += len(made)
+                pieces.clear()
+            return len(errors)
+
+        yield from written(pipeline, segmenter.parts(sources, pipeline, poisoned), writer, "segment", add)
 
 
 def _beyond_tiles(source: Source) -> list[pa.Table]:

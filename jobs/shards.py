@@ -24,7 +24,9 @@ from cluster.settings import MIB, Settings
 from cluster.storage import Storage
 from jobs import images
 from jobs.images import Entry
-from jobs.parts import parts
+from jobs.parts import name_of, parts
+from serve_app.commit import ShardWriter
+from serve_app.dataset import ERRORS, error_row
 from serve_app.service import foreign
 
 Source = TypeVar("Source")
@@ -158,6 +160,37 @@ class Pipeline(Generic[Source, Item, Result]):
     def _took(self, stage: str, start: float) -> None:
         with self.lock:
             self.progress.seconds[stage] = self.progress.seconds.get(stage, 0) + time.perf_counter() - start
+
+
+def written(
+    pipeline: Pipeline[Any, Any, Any],
+    sources: Iterable[Any],
+    writer: ShardWriter,
+    stage: str,
+    add: Callable[[Done[Any, Any, Any]], int],
+) -> Iterator[Progress]:
+    """A shard's sources through its pipeline into rows, then its commit; → how far it is, once a batch.
+
+    `add` writes what one became, and says how many error rows it wrote. Those of what failed on the way, in `read` or
+    in `stage`, are written here.
+    """
+    progress, failures = pipeline.progress, 0
+    for rows, done in enumerate(pipeline.run(sources), 1):
+        entry, part = done.source.entry, done.source.part
+        for where, found in (("read", done.item), (stage, done.result)):
+            if isinstance(found, CellrayError):
+                writer.add(ERRORS, error_row(entry.uri, where, found, name_of(done.source)))
+                failures += 1
+        failures += add(done)
+        if part is None or part.ends:
+            progress.images += 1
+            progress.errors += failures > 0
+            failures = 0
+        if rows % pipeline.batch == 0:
+            yield measured(progress)
+    record = writer.commit()
+    progress.bytes_written = sum(file.bytes for file in record.files)
+    yield measured(progress)
 
 
 def run(
