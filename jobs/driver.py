@@ -31,6 +31,7 @@ from serve_app.dataset import Dataset
 
 EXIT_OK, EXIT_ERRORS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEFAULT_MAX_ERROR_RATE = 0.1
+JUDGED_FROM = 1000  # images
 LINE_EVERY_S = 10.0
 DEFAULT_PARALLEL = 2
 DEFAULT_BATCH = 8
@@ -58,7 +59,8 @@ def parser(name: str, description: str, epilog: str, update: bool = False) -> ar
         type=_share,
         default=DEFAULT_MAX_ERROR_RATE,
         metavar="SHARE",
-        help="exit with 1 if a greater share of the images failed (default: %(default)s)",
+        help=f"stop, and exit with 1, once a greater share of the images failed, of {JUDGED_FROM:,} at least or of all "
+        "(default: %(default)s)",
     )
     again, made_of = made.add_mutually_exclusive_group(), {RETRY: "run again what failed"}
     if update:
@@ -259,31 +261,37 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
             found = dataset.open(job.output, job.storage)
             own = Dataset(job.storage, job.output, tuple(one for one in found.records if one.job == job.name))
             merged = len(own.table(dataset.ERRORS, ["image_uri"]))
+    if listing.repeated:
+        print(f"{job.name}: {listing.repeated} images are named again: the first of each counts", flush=True)
     left = [index for index in range(len(listing)) if index not in committed]
     before = sum(map(listing.size, committed))
     if before:
         print(f"{job.name}: resuming, {before} of {images} images are committed", flush=True)
     if not model.trained:
         print(f"{job.name}: model {model.name} is untrained: random weights, its numbers mean nothing", flush=True)
-    reporter = _Reporter(job, images, before)
+    whole = images
+    if frozen.generation:
+        whole = max(images, plan.read(job.storage, dataset.plan_uri(job.output, job.name))["images"])
+    reporter = _Reporter(job, images, before, merged + sum(committed.values()), whole)
     try:
         arguments = (job.settings, job.output, *work.context, metadata)
         latest = run(work.task, arguments, left, work.sources, job.arguments.parallel, reporter)
     finally:
         reporter.close()
     seconds = time.perf_counter() - started
-    errors = merged + sum(committed.values()) + sum(progress.errors for progress in latest)
-    report = _report(job, images, before, errors, seconds, latest, reporter.memory_mb, replicas, model)
+    report = _report(job, reporter, seconds, latest, replicas, model)
     job.storage.overwrite(join(job.output, f"_report-{job.name}.json"), json.dumps(report, indent=2).encode())
-    allowed, whole = job.arguments.max_error_rate, images
-    if frozen.generation:
-        whole = max(images, plan.read(job.storage, dataset.plan_uri(job.output, job.name))["images"])
-    failed = errors > allowed * whole
-    done = images - before
-    rate = f", {done / seconds:.2f} img/s" if done else ""
-    verdict = f"; more than the allowed share of {allowed:g}" if failed else ""
-    print(f"{job.name}: {images} images, {errors} errors in {seconds:.1f} s{rate}; {job.output}{verdict}", flush=True)
-    return EXIT_ERRORS if failed else EXIT_OK
+    rate = f", {(reporter.done - before) / seconds:.2f} img/s" if reporter.done > before else ""
+    print(f"{job.name}: {images} images, {reporter.errors} errors in {seconds:.1f} s{rate}; {job.output}", flush=True)
+    if reporter.fine:
+        return EXIT_OK
+    stopped = f"stopped after {reporter.done} of them, since " if reporter.done < images else ""
+    print(
+        f"{job.name}: {stopped}more than the allowed share of {job.arguments.max_error_rate:g} failed; the rows of "
+        f"{join(job.output, dataset.ERRORS)} say why, and the same command with a higher --max-error-rate goes on",
+        flush=True,
+    )
+    return EXIT_ERRORS
 
 
 def _estimate(job: Job, work: Work, arguments: tuple[Any, ...], replicas: dict[str, int]) -> None:
@@ -298,12 +306,9 @@ def _estimate(job: Job, work: Work, arguments: tuple[Any, ...], replicas: dict[s
 
 def _report(
     job: Job,
-    images: int,
-    before: int,
-    errors: int,
+    reporter: _Reporter,
     seconds: float,
     latest: list[Progress],
-    memory_mb: float,
     replicas: dict[str, int],
     model: ModelInfo,
 ) -> dict[str, Any]:
@@ -316,52 +321,62 @@ def _report(
             stages[stage] = round(stages.get(stage, 0) + spent, 3)
     return {
         "job": job.name,
-        "images": images,
-        "already_committed": before,
-        "errors": errors,
+        "images": reporter.images,
+        "already_committed": reporter.before,
+        "done": reporter.done,
+        "errors": reporter.errors,
         "unchanged": total("unchanged"),
         "masks": total("masks"),
         "seconds": round(seconds, 2),
-        "images_per_second": round((images - before) / seconds, 3),
+        "images_per_second": round((reporter.done - reporter.before) / seconds, 3),
         "bytes_read": total("bytes_read"),
         "bytes_written": total("bytes_written"),
         "encoder_calls": total("encoder_calls"),
         "retries": total("retries"),
         "replicas": replicas,
         "stage_seconds": stages,
-        "driver_memory_mb": round(memory_mb),
+        "driver_memory_mb": round(reporter.memory_mb),
         "task_memory_mb": round(max((progress.memory_mb for progress in latest), default=0)),
         "model": asdict(model),
     }
 
 
 class _Reporter:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal, elsewhere a line now and then; and whether so many failed that it is better to stop."""
 
-    def __init__(self, job: Job, images: int, before: int) -> None:
-        self.name, self.images, self.before = job.name, images, before
-        self.every = job.arguments.progress_every
+    def __init__(self, job: Job, images: int, before: int, errors: int, whole: int) -> None:
+        """before, errors: of `images`, those that are done and those that failed already. whole: images of the data
+        set; those that are not of this run did not fail."""
+        self.name, self.images, self.before, self.failed, self.whole = job.name, images, before, errors, whole
+        self.every, self.allowed = job.arguments.progress_every, job.arguments.max_error_rate
+        self.done, self.errors = before, errors
         self.started = self.printed = time.monotonic()
         self.memory_mb = private_mb()
         self.bar = tqdm(total=images, initial=before, unit="img", desc=job.name) if sys.stderr.isatty() else None
 
-    def __call__(self, latest: list[Progress]) -> None:
-        done = self.before + sum(progress.images for progress in latest)
-        errors = sum(progress.errors for progress in latest)
+    @property
+    def fine(self) -> bool:
+        seen = self.done + self.whole - self.images
+        return self.errors <= self.allowed * max(seen, min(self.whole, JUDGED_FROM))
+
+    def __call__(self, latest: list[Progress]) -> bool:
+        self.done = done = self.before + sum(progress.images for progress in latest)
+        self.errors = self.failed + sum(progress.errors for progress in latest)
         self.memory_mb = max(self.memory_mb, private_mb())
         raise_if_interrupted()
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.set_postfix(errors=errors, refresh=False)
+            self.bar.set_postfix(errors=self.errors, refresh=False)
             self.bar.update(done - self.bar.n)
         elif now - self.printed >= self.every and done > self.before:
             self.printed = now
             rate = (done - self.before) / (now - self.started)
             eta = (self.images - done) / rate
             print(
-                f"{self.name}: {done}/{self.images} images, {errors} errors, {rate:.2f} img/s, {eta:.0f} s left",
+                f"{self.name}: {done}/{self.images} images, {self.errors} errors, {rate:.2f} img/s, {eta:.0f} s left",
                 flush=True,
             )
+        return self.fine
 
     def close(self) -> None:
         if self.bar is not None:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import tempfile
 from array import array
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
+
+import numpy as np
 
 from cluster.errors import Conflict
 from cluster.storage import Storage, mapped
@@ -107,25 +109,43 @@ def _short(value: Any) -> str:
 
 class Listing:
     """A job's images in their order, in shards: consecutive ones, the same whatever runs them. They are kept on disk,
-    since there may be tens of millions.
+    since there may be tens of millions. Of one that a list names more than once the first stands.
 
-    images: how many. bytes: of those whose size is known. fingerprint: sha256 over what is known of them, in order.
+    images: how many. repeated: how often one was named again. bytes: of those whose size is known. fingerprint: sha256
+    over what is known of them, in order.
     """
 
     def __init__(self, entries: Iterable[Entry], shard_images: int) -> None:
         self.shard_images = min(shard_images, MAX_ROWS_A_FILE)
-        self.starts, self.images, self.bytes, digest = array("Q"), 0, 0, hashlib.sha256()
+        names = array("q")
+        self._write(entries, names)
+        ordered = np.sort(np.frombuffer(names, np.int64))
+        again = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        self.repeated = self.images
+        if again:
+            self._write(_once(self._all(), again), array("q"))
+        self.repeated -= self.images
+
+    def _write(self, entries: Iterable[Entry], names: array[int]) -> None:
+        """`names` gets a number for each: equal ones have the same."""
+        starts, digest, images, size = array("Q"), hashlib.sha256(), 0, 0
         with mapped(tempfile.gettempdir()):
-            self.lines = tempfile.TemporaryFile(prefix="cellray-listing-")  # noqa: SIM115
+            lines = tempfile.TemporaryFile(prefix="cellray-listing-")  # noqa: SIM115
             for entry in entries:
-                if self.images % self.shard_images == 0:
-                    self.starts.append(self.lines.tell())
+                if images % self.shard_images == 0:
+                    starts.append(lines.tell())
                 line = json.dumps(values(entry)).encode() + b"\n"
                 digest.update(line)
-                self.lines.write(line)
-                self.images += 1
-                self.bytes += entry.size
+                lines.write(line)
+                names.append(_number(entry))
+                images += 1
+                size += entry.size
+        self.lines, self.starts, self.images, self.bytes = lines, starts, images, size
         self.fingerprint = digest.hexdigest()
+
+    def _all(self) -> Iterator[Entry]:
+        for index in range(len(self)):
+            yield from self.shard(index)
 
     def __len__(self) -> int:
         """Shards."""
@@ -142,3 +162,18 @@ class Listing:
     def size(self, index: int) -> int:
         """Images in a shard."""
         return min(self.shard_images, self.images - index * self.shard_images)
+
+
+def _number(entry: Entry) -> int:
+    return hash((entry.uri, entry.view))
+
+
+def _once(entries: Iterable[Entry], again: Container[int]) -> Iterator[Entry]:
+    """The first of each, where `again` has the numbers of those that come more than once, and perhaps of others."""
+    seen: set[tuple[str, str]] = set()
+    for entry in entries:
+        if _number(entry) in again:
+            if (entry.uri, entry.view) in seen:
+                continue
+            seen.add((entry.uri, entry.view))
+        yield entry

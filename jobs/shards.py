@@ -199,12 +199,13 @@ def run(
     shards: Sequence[int],
     sources: Callable[[int], Sequence[Any]],
     parallel: int,
-    report: Callable[[list[Progress]], None],
+    report: Callable[[list[Progress]], bool],
 ) -> list[Progress]:
     """Run `task.remote(*arguments, index, sources(index), poisoned)` for each index of `shards`, at most `parallel` at
     a time. `arguments` begin with the settings; `poisoned` are the URIs of images that no worker survives.
 
-    `task` is a Ray remote function that yields Progress. `report` is called about once a second with what is new.
+    `task` is a Ray remote function that yields Progress. `report` is called first, and then about once a second with
+    what is new; once it answers False no more shards are begun, and those that are come to their end.
     A shard whose worker died is run again; a CellrayError from a shard stops all of them, and so does Ctrl-C.
     """
     waiting = deque(shards)
@@ -214,13 +215,15 @@ def run(
     poisoned: dict[int, frozenset[str]] = {}
     try:
         while waiting or running:
+            if not report(list(latest.values())):
+                waiting.clear()
             while waiting and len(running) < parallel:
                 index = waiting.popleft()
                 attempts[index] = attempts.get(index, 0) + 1
                 own = index, sources(index), poisoned.get(index, frozenset())
                 stream = task.options(num_returns="streaming").remote(*arguments, *own)
                 running[stream] = index
-            ready: list[Any] = ray.wait(list(running), timeout=1.0)[0]
+            ready: list[Any] = ray.wait(list(running), timeout=1.0)[0] if running else []
             for stream in ready:
                 index = running[stream]
                 try:
@@ -241,7 +244,7 @@ def run(
                     waiting.append(index)
                     if attempts[index] == SHARD_ATTEMPTS - 1:
                         poisoned[index] = _deadly(arguments[0], [source.entry for source in sources(index)])
-            report(list(latest.values()))
+        report(list(latest.values()))
         return list(latest.values())
     finally:
         for stream in running:

@@ -69,7 +69,7 @@ def main(folder: str) -> None:
     entries = list(images.find(Storage(), folder))
     halves = [[Source(one) for one in entries[::2]], [Source(one) for one in entries[1::2]]]
     try:
-        done = shards.run(work, (Settings(), folder), [0, 1], halves.__getitem__, 2, lambda _: None)
+        done = shards.run(work, (Settings(), folder), [0, 1], halves.__getitem__, 2, lambda _: True)
         for one in sorted(done, key=lambda progress: progress.shard):
             begun = len((Path(folder) / f"begun-{one.shard}").read_text())
             print(json.dumps([one.images, one.errors, begun]))

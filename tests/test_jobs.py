@@ -68,6 +68,39 @@ def test_every_image_is_a_row_and_every_bad_one_an_error(embedded: str, sample_i
     assert len(found.records) == -(-len(files) // 12)
 
 
+def test_a_job_stops_once_too_many_failed_and_goes_on_where_more_may(
+    app: App, tmp_path: Path, sample_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = (next(sample_images.rglob(name)) for name in ("not_an_image.png", "coins_grey8.png"))
+    for number in range(30):
+        shutil.copy(bad if number % 3 else good, tmp_path / f"{number}.png")
+    out, small = tmp_path / "out", ("--shard-images", 5, "--parallel", 1)
+    assert run(embed, app, tmp_path, out, *small) == 1
+    said = capsys.readouterr().out
+    done = report(out, "embed")["done"]
+    assert done < 30
+    assert f"stopped after {done} of them" in said
+    assert "higher --max-error-rate" in said
+    assert dataset.open(str(out)).rows(dataset.ERRORS) == report(out, "embed")["errors"] > 3
+    assert run(embed, app, tmp_path, out, *small) == 1
+    assert report(out, "embed")["done"] == done
+    assert run(embed, app, tmp_path, out, *small, "--max-error-rate", 0.7) == 0
+    assert not list(verify.verify(dataset.open(str(out)), lambda _: None))
+    assert (report(out, "embed")["done"], report(out, "embed")["errors"]) == (30, 20)
+
+
+def test_an_image_named_twice_in_a_list_is_one_row(
+    app: App, tmp_path: Path, sample_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = next(sample_images.rglob("coins_grey8.png"))
+    (tmp_path / "list.txt").write_text(f"{name}\n" * 3)
+    assert run(embed, app, tmp_path / "list.txt", tmp_path / "out") == 0
+    assert "2 images are named again" in capsys.readouterr().out
+    found = dataset.open(str(tmp_path / "out"))
+    assert found.rows(dataset.EMBEDDINGS) == 1
+    assert not list(verify.verify(found, lambda _: None))
+
+
 def test_three_readers_see_what_the_model_computed(app: App, embedded: str, sample_images: Path) -> None:
     folder = models.prepare(settings.load(app.config), "nano")
     path = sample_images / "ihc_rgb.png"

@@ -20,6 +20,7 @@ from cluster.errors import Conflict, InvalidInput, InvalidPrompt, NotFound
 from cluster.settings import Limits
 from cluster.storage import Storage, join
 from jobs import estimate, images, prompts
+from jobs import plan as plans
 from jobs.images import Entry
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
@@ -133,6 +134,20 @@ def test_the_listings_fingerprint_depends_on_names_sizes_and_order() -> None:
     )
     assert len({Listing(one, 8).fingerprint for one in others}) == 6
     assert Listing(files, 1).fingerprint == Listing(files, 8).fingerprint
+
+
+def test_an_image_that_is_named_again_counts_once() -> None:
+    one, other, cropped = Entry("/a", 1), Entry("/b", 2), Entry("/a", 1, view="channels=0")
+    listing = Listing(iter([one, other, one, cropped, Entry("/b", 2, "a key"), one]), 2)
+    assert (listing.images, listing.repeated, listing.bytes) == (3, 3, 4)
+    assert [*listing.shard(0), *listing.shard(1)] == [one, other, cropped]
+    assert listing.fingerprint == Listing([one, other, cropped], 8).fingerprint
+
+
+def test_images_whose_numbers_are_the_same_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_number", lambda entry: 0)
+    listing = Listing([Entry("/a", 1), Entry("/b", 1), Entry("/a", 1)], 8)
+    assert (listing.shard(0), listing.repeated) == ([Entry("/a", 1), Entry("/b", 1)], 1)
 
 
 def test_a_file_may_have_any_name(tmp_path: Path) -> None:
