@@ -131,18 +131,19 @@ def _contents(found: Dataset, record: Record, file: ShardFile) -> tuple[list[str
         if parquet.metadata.num_rows != file.rows:
             faults.append(f"has {parquet.metadata.num_rows} rows, {file.rows} were committed")
         kept = (schema.metadata or {}).get(b"cellray.dtype", DTYPE.encode()).decode()
-        ids: list[str] = []
+        ids, images = list[str](), list[str]()
         wrong = 0
         for batch in parquet.iter_batches(1 if file.dataset == EMBEDDINGS else BATCH_ROWS):
             stands = found.stands(record, batch.column("image_uri").to_pylist())
             numbers.append(_numbers(batch.column(name) for name in KEYS[file.dataset])[stands])
             if file.dataset == EMBEDDINGS:
                 ids += batch.column("embedding_id").to_pylist()
+                images += map(dataset.digest, batch.column("image_uri").to_pylist())
                 wrong += not _plausible(batch.to_pylist()[0], kept)
         if wrong:
             faults.append(f"{wrong} embeddings are not finite {kept} numbers of their shape")
-        if file.dataset == EMBEDDINGS and tuple(ids) != record.ids(file):
-            faults.append("its rows are not the record's embedding_ids")
+        if file.dataset == EMBEDDINGS and (tuple(ids), tuple(images)) != (record.ids(file), record.digests(file)):
+            faults.append("its rows are not the record's embedding_ids and image_digests")
     return faults, np.concatenate(numbers)
 
 

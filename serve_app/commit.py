@@ -26,6 +26,7 @@ from serve_app.dataset import (
     SCHEMAS,
     Record,
     ShardFile,
+    digest,
     printable,
     read_record,
     record_uri,
@@ -51,6 +52,7 @@ class ShardWriter:
         self.paths: dict[str, Path] = {}
         self.written: list[tuple[str, Path, int]] = []  # data set, file, rows
         self.embedding_ids: list[str] = []
+        self.image_digests: list[str] = []
         self.supersedes: list[str] = []
         self.replaces: list[str] = []
 
@@ -74,6 +76,7 @@ class ShardWriter:
         self.rows[dataset] += len(table)
         if dataset == EMBEDDINGS:
             self.embedding_ids += table["embedding_id"].to_pylist()
+            self.image_digests += map(digest, table["image_uri"].to_pylist())
         if dataset == EMBEDDINGS and self.kept != POOLED:
             self.writers[dataset].write_table(table, row_group_size=1)
             return
@@ -132,6 +135,7 @@ class ShardWriter:
             encoder_sha256=self.metadata["encoder_sha256"],
             files=tuple(files),
             embedding_ids=tuple(self.embedding_ids),
+            image_digests=tuple(self.image_digests),
             supersedes=tuple(self.supersedes),
             replaces=tuple(self.replaces),
         )

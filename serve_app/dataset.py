@@ -20,9 +20,11 @@ one DuckDB statement, the committed rows of a data set are
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -38,7 +40,7 @@ from serve_app.contract import DTYPES, POOLED, Embedding
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import PREPROCESS
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 EMBEDDINGS, MASKS, ERRORS = "embeddings", "masks", "errors"
 MAX_ROWS_A_FILE = 512  # 2 MiB rows: past 1,024 of them the int32 offsets of binary columns overflow in many readers
 MASK_ROW_GROUP = 4096
@@ -47,6 +49,7 @@ JOBS = ("embed", "segment")
 MAX_RECORD_BYTES = 64 * MIB
 RECORD_READERS, RECORDS_AT_ONCE = 16, 256
 OPEN_ATTEMPTS = 3
+FACTS = ("embedding_id", "image_uri", "part", "encoder_sha256")  # of an embedding, beside itself
 POOLED_ONLY = (
     "its data set was made with --pooled-only, for search; masks and training need jobs.embed without it, into another "
     "output"
@@ -216,6 +219,11 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def digest(text: str) -> str:
+    """An id's or a URI's 64 bits, blake2b as hex: what lookups compare first."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """A published file: its path within OUT, rows, bytes and sha256."""
@@ -229,9 +237,10 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Record:
-    """What makes a shard exist. `embedding_ids` are those of its embeddings files, in row order; `supersedes` are the
-    URIs of the images whose rows of earlier generations it takes the place of; `replaces` are the paths of the files
-    of earlier generations whose rows, where they stood, are in this shard's."""
+    """What makes a shard exist. `embedding_ids` are those of its embeddings files, in row order, `image_digests` the
+    `digest` of their images' URIs; `supersedes` are the URIs of the images whose rows of earlier generations it takes
+    the place of; `replaces` are the paths of the files of earlier generations whose rows, where they stood, are in this
+    shard's."""
 
     job: str
     generation: int
@@ -240,6 +249,7 @@ class Record:
     encoder_sha256: str
     files: tuple[ShardFile, ...]
     embedding_ids: tuple[str, ...] = ()
+    image_digests: tuple[str, ...] = ()
     supersedes: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()
 
@@ -248,9 +258,16 @@ class Record:
 
     def ids(self, file: ShardFile) -> tuple[str, ...]:
         """The embedding ids of one of its files, in row order."""
+        return self.embedding_ids[self._rows_of(file)]
+
+    def digests(self, file: ShardFile) -> tuple[str, ...]:
+        """The image digests of one of its files, in row order."""
+        return self.image_digests[self._rows_of(file)]
+
+    def _rows_of(self, file: ShardFile) -> slice:
         before = self.files[: self.files.index(file)]
         first = sum(one.rows for one in before if one.dataset == EMBEDDINGS)
-        return self.embedding_ids[first : first + file.rows] if file.dataset == EMBEDDINGS else ()
+        return slice(first, first + file.rows if file.dataset == EMBEDDINGS else first)
 
     def to_json(self) -> bytes:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}).encode()
@@ -262,7 +279,7 @@ class Record:
             if (version := values.pop("schema_version")) != SCHEMA_VERSION:
                 raise ValueError(f"its version is {version}, not {SCHEMA_VERSION}")
             values["files"] = tuple(ShardFile(**file) for file in values["files"])
-            for name in ("embedding_ids", "supersedes", "replaces"):
+            for name in ("embedding_ids", "image_digests", "supersedes", "replaces"):
                 values[name] = tuple(values[name])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -342,12 +359,24 @@ class Dataset:
 
 def open_embeddings(storage: Storage, uri: str, rows: list[int]) -> Iterator[Embedding]:
     """Rows of one embeddings file, each read alone: about 2 MB. Raises InvalidEmbedding."""
+    with _one_a_group(storage, uri) as parquet:
+        for row in rows:
+            yield embedding_of(parquet.read_row_group(row).to_pylist()[0])
+
+
+def facts(storage: Storage, uri: str, row: int) -> dict[str, str]:
+    """The columns FACTS of a row of an embeddings file. Raises InvalidEmbedding."""
+    with _one_a_group(storage, uri) as parquet:
+        return parquet.read_row_group(row, columns=list(FACTS)).to_pylist()[0]
+
+
+@contextmanager
+def _one_a_group(storage: Storage, uri: str) -> Iterator[pq.ParquetFile]:
     with storage.open(uri) as file:
         parquet = pq.ParquetFile(file)
         if (parquet.schema_arrow.metadata or {}).get(b"cellray.dtype") == POOLED.encode():
             raise InvalidEmbedding(f"{uri} holds no embeddings: {POOLED_ONLY}")
-        for row in rows:
-            yield embedding_of(parquet.read_row_group(row).to_pylist()[0])
+        yield parquet
 
 
 def open(uri: str, storage: Storage | None = None) -> Dataset:
@@ -366,10 +395,10 @@ def open(uri: str, storage: Storage | None = None) -> Dataset:
     raise AssertionError("unreachable")
 
 
-def records(uri: str, storage: Storage) -> Iterator[Record]:
-    """The records of `open`, a few at a time."""
+def records(uri: str, storage: Storage, but: Container[str] = ()) -> Iterator[Record]:
+    """The records of `open`, a few at a time, without those whose URIs are in `but`."""
     try:
-        listed = [file.uri for file in storage.list(join(uri, "_records"))]
+        listed = [file.uri for file in storage.list(join(uri, "_records")) if file.uri not in but]
     except NotFound:
         if not any(storage.exists(plan_uri(uri, job)) for job in JOBS):
             raise NotFound(f"{uri} is no data set: it holds no {plan_uri('', 'embed').strip('/')}") from None

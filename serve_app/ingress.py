@@ -19,15 +19,17 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cluster.errors import CellrayError, Internal, InvalidInput, InvalidPrompt, TooLarge, UnsupportedImage
-from serve_app.contract import DTYPE, Embedding, ModelInfo
+from serve_app.contract import Embedding, ModelInfo
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import GridOptions, Prompts
-from serve_app.service import Service
+from serve_app.service import Service, Stored
 
 log = logging.getLogger("ray.serve")
 
 NPZ, RAW = "application/x-npz", "application/octet-stream"
 RETRY_AFTER_S = 2
+FOREVER = {"cache-control": "private, max-age=31536000, immutable", "vary": "accept"}
+NAMED = ("embedding_id", "image_id", "image_uri")
 GRID_FIELDS = [field.name for field in fields(GridOptions)][1:]
 UNTRAINED = "untrained: random weights, the numbers mean nothing"
 
@@ -41,7 +43,13 @@ class SegmentBody(BaseModel):
         json_schema_extra={"examples": [{"embedding_id": "9f86d081…", "boxes": [[120, 80, 310, 260]]}]},
     )
 
-    embedding_id: str | None = Field(None, description="of an image embedded before; leave out if the image is sent")
+    embedding_id: str | None = Field(
+        None,
+        description="of an image embedded before; or its image_id, or image_uri; none if the image is sent",
+    )
+    image_id: str | None = Field(None, description="sha256 of an image's file, in hex")
+    image_uri: str | None = Field(None, description="an image's name in one of the service's data sets")
+    part: str = Field("", description="with image_uri, of an image that is there in parts: as in the column part")
     model: str | None = Field(None, description="the first one served, if left out")
     boxes: list[tuple[float, float, float, float]] | None = Field(None, description="x0, y0, x1, y1")
     points: list[list[tuple[float, float]]] | None = Field(None, description="for each object its points (x, y)")
@@ -59,6 +67,15 @@ class SegmentBody(BaseModel):
     crop_overlap_ratio: float | None = Field(None, description="of the short side, between the first layer's crops")
     crop_n_points_downscale_factor: int | None = Field(None, description="layer n has grid / factorⁿ points a side")
     min_mask_region_area: int | None = Field(None, description="smaller holes and islands are removed; pixels")
+
+    def stored(self) -> Stored | None:
+        """None where the image is sent. Raises InvalidInput."""
+        given = [name for name in NAMED if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidInput(f"{' and '.join(given)} were sent; expected one of them")
+        if self.part and given != ["image_uri"]:
+            raise InvalidInput("part goes with image_uri")
+        return Stored(self.embedding_id, self.image_id, self.image_uri, self.part) if given else None
 
     def grid_options(self) -> GridOptions | None:
         """None without a grid."""
@@ -152,7 +169,7 @@ SEGMENT_BODY = {
                     "required": ["image", "request"],
                     "properties": {
                         "image": {"type": "string", "format": "binary"},
-                        "request": {"type": "string", "description": "the JSON above, without embedding_id"},
+                        "request": {"type": "string", "description": "the JSON above, naming no image"},
                     },
                 }
             },
@@ -209,6 +226,23 @@ def create_app(service: Service) -> FastAPI:
         embedding = await service.embed(image, model)
         return _embedding_response(embedding, await service.info(model), request.headers.get("accept", ""))
 
+    @app.get(
+        "/v1/embeddings/{embedding_id}",
+        summary="An embedding made before",
+        responses={**ERRORS, 200: {"content": {RAW: _IMAGE, NPZ: _IMAGE}}, 304: {"description": "as If-None-Match"}},
+        response_class=Response,
+    )
+    async def embeddings(request: Request, embedding_id: str) -> Response:
+        """As `/v1/embed` answers; what an id names never changes, so caches may keep it."""
+        accept = request.headers.get("accept", "")
+        tag = _tag(embedding_id, accept)
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers={"etag": tag, **FOREVER})
+        embedding, info = await service.stored(Stored(embedding_id), None)
+        response = _embedding_response(embedding, info, accept)
+        response.headers.update(FOREVER)
+        return response
+
     @app.post(
         "/v1/segment",
         summary="Masks from boxes, points or a grid",
@@ -217,16 +251,17 @@ def create_app(service: Service) -> FastAPI:
         openapi_extra=SEGMENT_BODY,
     )
     async def segment(request: Request) -> SegmentAnswer:
-        """JSON with an `embedding_id`, which never runs the encoder, or multipart with parts `image` and `request`."""
+        """JSON that names an image embedded before, by `embedding_id`, `image_id` or `image_uri`, which never runs the
+        encoder; or multipart with parts `image` and `request`."""
         image, text = await _body(request, service.limits.image_bytes)
         body = _parse(text)
-        options = body.grid_options()
-        if (image is None) == (body.embedding_id is None):
-            raise InvalidInput("send either an image (multipart) or an embedding_id, not both and not neither")
-        if image is not None:
+        options, stored = body.grid_options(), body.stored()
+        if stored and image is None:
+            embedding, info = await service.stored(stored, body.model)
+        elif image is not None and not stored:
             embedding, info = await service.embed(image, body.model), await service.info(body.model)
         else:
-            embedding, info = await service.embedding(body.embedding_id or "", body.model)
+            raise InvalidInput(f"send either an image (multipart) or one of {', '.join(NAMED)}, not both, not neither")
         if options:
             found = await service.automask(embedding, info, options, image)
         else:
@@ -244,18 +279,24 @@ def _embedding_response(embedding: Embedding, info: ModelInfo, accept: str) -> R
         "encoder-sha256": info.encoder_sha256,
         "trained": str(info.trained).lower(),
         "preprocess": info.preprocess,
-        "dtype": DTYPE,
+        "dtype": embedding.array.dtype.name,
         "shape": ",".join(map(str, embedding.array.shape)),
         "original-size": ",".join(map(str, embedding.original)),
         "input-size": ",".join(map(str, embedding.input)),
     }
     headers = {f"x-{name}": value for name, value in facts.items()}
+    headers["etag"] = _tag(embedding.embedding_id, accept)
     if NPZ in accept:
         file = io.BytesIO()
         arrays = {name.replace("-", "_"): np.array(value) for name, value in facts.items()}
         np.savez(file, embedding=embedding.array, **arrays)  # type: ignore[arg-type]
         return Response(file.getvalue(), media_type=NPZ, headers=headers)
-    return Response(embedding.array.astype("<f2").tobytes(), media_type=RAW, headers=headers)
+    ordered = embedding.array.astype(embedding.array.dtype.newbyteorder("<"))
+    return Response(ordered.tobytes(), media_type=RAW, headers=headers)
+
+
+def _tag(embedding_id: str, accept: str) -> str:
+    return f'"{embedding_id}{".npz" if NPZ in accept else ""}"'
 
 
 def _segment_answer(found: MaskSet, embedding: Embedding, info: ModelInfo) -> SegmentAnswer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import anyio.to_thread
@@ -25,12 +27,23 @@ from cluster.settings import Settings
 from serve_app import contract
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.model import preprocess
+from serve_app.model.encoder import DTYPES
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, crops
 from serve_app.store import EmbeddingStore
 
 CROPS_A_CALL = 8  # of one image to an encoder
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What names an embedding that was made before: one of the three. `image_uri` and `part` as in its data set."""
+
+    embedding_id: str | None = None
+    image_id: str | None = None
+    image_uri: str | None = None
+    part: str = ""
 
 
 class Service:
@@ -87,19 +100,30 @@ class Service:
     def _decode(self, data: bytes, image_size: int) -> ModelImage:
         return preprocess.resize(preprocess.decode(data, self.limits.image_pixels), image_size)
 
-    async def embedding(self, embedding_id: str, model: str | None) -> tuple[Embedding, ModelInfo]:
-        """A stored embedding and the model to decode it with: the one named, or the one that made it.
+    async def stored(self, what: Stored, model: str | None) -> tuple[Embedding, ModelInfo]:
+        """An embedding made before and the model to decode it with: the one named, or the first whose encoder made it.
 
         Raises:
-            NotFound: no such embedding, or none of the served models has its encoder.
+            NotFound: there is none, or none of the served models has its encoder.
         """
-        found = await anyio.to_thread.run_sync(self.store.get, embedding_id)
-        infos = [await self.info(model)] if model else await self.models()
+        infos = [await self.info(name) for name in ([model] if model else self.names)]
+        found = await anyio.to_thread.run_sync(self._stored, what, infos)
         for info in infos:
             if info.encoder_sha256 == found.encoder_sha256:
                 return found, info
         names = model or ", ".join(self.names)
         raise NotFound(f"the embedding was made by another encoder ({found.model}) than that of {names}")
+
+    def _stored(self, what: Stored, infos: list[ModelInfo]) -> Embedding:
+        if what.embedding_id:
+            return self.store.get(what.embedding_id)
+        if what.image_id:
+            made = product(infos, DTYPES, contract.DTYPES)
+            return self.store.get(
+                *(contract.embedding_id(what.image_id, info.encoder_sha256, dtype, kept) for info, dtype, kept in made)
+            )
+        encoders = [info.encoder_sha256 for info in infos]
+        return self.store.of_image(what.image_uri or "", what.part, encoders)
 
     async def segment(self, embedding: Embedding, model: str, prompts: Prompts, multimask: bool) -> MaskSet:
         """Raises InvalidPrompt, InvalidEmbedding, Unavailable, DeadlineExceeded."""

@@ -1,4 +1,5 @@
-"""Embeddings by id: memory first, then the data sets that the settings name. A cache here only ever saves a read."""
+"""Embeddings by id or by image: memory first, then the data sets that the settings name. A cache here only ever saves
+a read."""
 
 from __future__ import annotations
 
@@ -6,29 +7,34 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from cluster.errors import CellrayError, NotFound
 from cluster.settings import Settings
-from cluster.storage import Storage, join
+from cluster.storage import Storage
 from serve_app import dataset
 from serve_app.contract import Embedding
+from serve_app.index import Index, Place
 
 log = logging.getLogger("ray.serve")
 
-REFRESH_S = 10.0  # how often an id that is not known may look for new shards
+REFRESH_S = 10.0  # how often it may look for new shards,
+REFRESH_SHARE = 0.1  # and which share of the time it may spend on that
+NAMES_KEPT = 100_000  # images whose embedding's id is remembered
 
 
 class EmbeddingStore:
-    """Thread-safe. Keeps at most `limits.cache_bytes` of embeddings, and the index id → (file, row)."""
+    """Thread-safe. Keeps at most `limits.cache_bytes` of embeddings, and an index of each data set."""
 
     def __init__(self, settings: Settings) -> None:
         self.storage = Storage(settings.storage)
-        self.datasets = settings.datasets
+        self.indexes = [Index(uri, self.storage) for uri in settings.datasets]
         self.capacity = settings.limits.cache_bytes
         self.memory: OrderedDict[str, Embedding] = OrderedDict()
+        self.names: OrderedDict[tuple[str, ...], str] = OrderedDict()  # image, part, encoders → embedding
         self.held = 0
-        self.index: dict[str, tuple[str, int]] = {}
-        self.refreshed = float("-inf")
+        self.refreshes, self.next_refresh = 0, float("-inf")  # those that found something new
         self.lock = threading.Lock()
         self.refreshing = threading.Lock()
 
@@ -48,45 +54,109 @@ class EmbeddingStore:
                 self.memory.move_to_end(embedding_id)
             return self.memory.get(embedding_id)
 
-    def get(self, embedding_id: str) -> Embedding:
-        """From memory, else one row read from a data set.
+    def get(self, *embedding_ids: str) -> Embedding:
+        """One of them: from memory, else one row read from a data set.
 
         Raises:
-            NotFound: no committed shard has it.
+            NotFound: no committed shard has any.
         """
-        found = self.recall(embedding_id)
-        if found:
-            return found
-        if embedding_id not in self.index:
-            self._refresh()
-        if embedding_id not in self.index:
-            places = ", ".join(self.datasets) or "none are configured"
-            raise NotFound(
-                f"no embedding {embedding_id[:16]}… in memory or in the data sets ({places}): send the image instead"
-            )
-        uri, row = self.index[embedding_id]
-        try:
-            embedding = next(dataset.open_embeddings(self.storage, uri, [row]))
-        except NotFound:  # `cellray compact --delete-old` has moved its row to another file
-            self._refresh(at_once=True)
-            if self.index.get(embedding_id) in (None, (uri, row)):
-                raise
-            uri, row = self.index[embedding_id]
-            embedding = next(dataset.open_embeddings(self.storage, uri, [row]))
-        self.put(embedding)
-        return embedding
+        for known in map(self.recall, embedding_ids):
+            if known:
+                return known
+        for _ in self._looks():
+            for index in self.indexes:
+                for embedding_id in embedding_ids:
+                    for place in index.by_id(embedding_id):
+                        found = self._read(place)
+                        if found and found.embedding_id == embedding_id:
+                            return found
+        raise NotFound(
+            f"no embedding {embedding_ids[0][:16]}… in memory or in the data sets ({self._places}): "
+            "send the image instead"
+        )
 
-    def _refresh(self, at_once: bool = False) -> None:
+    def of_image(self, image_uri: str, part: str, encoders: Sequence[str]) -> Embedding:
+        """Of an image by its name in a data set, `part` as there, by one of these encoders (sha256): one row read, or
+        none.
+
+        Raises:
+            NotFound: no committed shard has it; says which parts there are.
+        """
+        self._refresh_behind()
+        name, parts = (image_uri, part, *encoders), set[str]()
+        with self.lock:
+            remembered = self.names.get(name)
+        if remembered:
+            with suppress(NotFound):
+                return self.get(remembered)
+        for _ in self._looks():
+            for index in self.indexes:
+                for place in index.by_image(image_uri):
+                    try:
+                        facts = dataset.facts(self.storage, place.uri, place.row)
+                    except NotFound:
+                        continue
+                    if facts["image_uri"] != image_uri or facts["encoder_sha256"] not in encoders:
+                        continue
+                    parts.add(facts["part"])
+                    if facts["part"] == part and (found := self.recall(facts["embedding_id"]) or self._read(place)):
+                        self._remember(name, found)
+                        return found
+        if parts:
+            shown = ", ".join(sorted(parts)[:3]) + (", …" if len(parts) > 3 else "")
+            raise NotFound(f"{image_uri} has no part {part!r} in the data sets; it has {shown}")
+        raise NotFound(
+            f"no embedding of {image_uri} by an encoder that is served in the data sets ({self._places}): "
+            "send the image instead"
+        )
+
+    @property
+    def _places(self) -> str:
+        return ", ".join(index.uri for index in self.indexes) or "none are configured"
+
+    def _read(self, place: Place) -> Embedding | None:
+        """None where `cellray compact --delete-old` has moved the row to another file."""
+        try:
+            found = next(dataset.open_embeddings(self.storage, place.uri, [place.row]))
+        except NotFound:
+            self.next_refresh = float("-inf")
+            return None
+        self.put(found)
+        return found
+
+    def _remember(self, name: tuple[str, ...], found: Embedding) -> None:
+        with self.lock:
+            self.names[name] = found.embedding_id
+            if len(self.names) > NAMES_KEPT:
+                self.names.popitem(last=False)
+
+    def _looks(self) -> Iterator[None]:
+        """Once, and once more if there is something new since."""
+        before = self.refreshes
+        yield
+        self._refresh()
+        if self.refreshes > before:
+            yield
+
+    def _refresh(self) -> None:
+        """Read what was committed since, if it is time."""
         with self.refreshing:
-            if time.monotonic() - self.refreshed < REFRESH_S and not at_once:
+            if time.monotonic() < self.next_refresh:
                 return
-            for uri in self.datasets:
+            start, new = time.monotonic(), 0
+            for index in self.indexes:
                 try:
-                    found = dataset.open(uri, self.storage)
+                    new += index.refresh()
                 except CellrayError as error:
-                    log.warning(f"data set {uri} could not be read: {error}")
-                    continue
-                for record, file in found.current():
-                    places = enumerate(record.ids(file))
-                    self.index |= {identity: (join(found.uri, file.path), row) for row, identity in places}
-            self.refreshed = time.monotonic()
+                    log.warning(f"data set {index.uri} could not be read: {error}")
+            if new:
+                self.refreshes += 1
+                with self.lock:
+                    self.names.clear()
+            now = time.monotonic()
+            self.next_refresh = now + max(REFRESH_S, (now - start) / REFRESH_SHARE)
+
+    def _refresh_behind(self) -> None:
+        """What is asked for by name may have a newer embedding; nobody waits for that."""
+        if time.monotonic() >= self.next_refresh and not self.refreshing.locked():
+            threading.Thread(target=self._refresh, daemon=True).start()

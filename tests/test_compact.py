@@ -149,7 +149,15 @@ def test_what_is_merged_is_as_the_jobs_write_it(tmp_path: Path) -> None:
     assert images == [uri_of(n) for n in range(15) if n % 3 != 2 and n not in (1, 6, 7)] + again
     footer = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
     named = ("schema_version", "job", "shard", "generation", "model", "trained", "encoder_sha256")
-    assert [footer[f"cellray.{name}"] for name in named] == ["2", "embed", "0", "2", "nano", "true", "e" * 64]
+    assert [footer[f"cellray.{name}"] for name in named] == [
+        dataset.SCHEMA_VERSION,
+        "embed",
+        "0",
+        "2",
+        "nano",
+        "true",
+        "e" * 64,
+    ]
     (record,) = [one for one in dataset.open(str(tmp_path)).records if one.embedding_ids and one.generation == 2]
     assert record.embedding_ids[-3:] == ("id-1-0.5", "id-2-0.5", "id-6-0.5")
     assert (record.encoder_sha256, record.supersedes, len(record.replaces)) == ("e" * 64, (), 6)

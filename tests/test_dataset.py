@@ -462,7 +462,7 @@ def test_a_plan_makes_an_empty_data_set(place: Place) -> None:
         b"{}",
         b"[]",
         b"\xff",
-        b'{"schema_version": "2", "files": [{}], "embedding_ids": []}',
+        b'{"schema_version": "3", "files": [{}], "embedding_ids": []}',
         b"null",
         b'"text"',
         Record("embed", 0, 0, "f", "e", ()).to_json().replace(b'"2"', b'"1"'),

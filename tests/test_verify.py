@@ -166,7 +166,7 @@ def test_a_record_that_says_something_else(whole: Place) -> None:
     path = "embeddings/embed-000-000001.parquet"
     assert faults(whole) == [
         f"{path}: has 1 rows, 9 were committed",
-        f"{path}: its rows are not the record's embedding_ids",
+        f"{path}: its rows are not the record's embedding_ids and image_digests",
     ]
 
 
