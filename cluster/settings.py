@@ -56,13 +56,16 @@ class WeightsSettings(Frozen):
     licence: str = "unknown"
 
 
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
 class ModelSettings(WeightsSettings):
     """One named model: where its checkpoint comes from and how it is run."""
 
     runtime: Literal["auto", "reference", "openvino", "flash"] = Field(
         "auto", description="auto: the fastest that is installed; reference: segment_anything's own modules"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: ComputeDtype = Field(
         "float32",
         description="what products are computed in; bfloat16 is about twice as fast, and `cellray gate` checks it",
     )

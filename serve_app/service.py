@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import anyio.to_thread
 import numpy as np
@@ -23,11 +23,10 @@ from cluster.errors import (
     Overloaded,
     Unavailable,
 )
-from cluster.settings import Settings
+from cluster.settings import ComputeDtype, Settings
 from serve_app import contract
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.model import preprocess
-from serve_app.model.encoder import DTYPES
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, crops
@@ -118,7 +117,7 @@ class Service:
         if what.embedding_id:
             return self.store.get(what.embedding_id)
         if what.image_id:
-            made = product(infos, DTYPES, contract.DTYPES)
+            made = product(infos, get_args(ComputeDtype), contract.DTYPES)
             return self.store.get(
                 *(contract.embedding_id(what.image_id, info.encoder_sha256, dtype, kept) for info, dtype, kept in made)
             )
