@@ -27,6 +27,7 @@ from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
 from jobs.shards import Done, Pipeline, Progress, sound, written
+from jobs.stored import FAILED, Row, StoredEmbeddings
 from jobs.views import View
 from serve_app import dataset
 from serve_app.commit import ShardWriter
@@ -50,17 +51,13 @@ EPILOG = """examples:
 DEFAULT_GRID = 32
 
 
-Stored = tuple[str, int, str]  # file, row, and what part of the image it is; a row of FAILED is not there
-FAILED = -1
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """One image to segment, or a part of it: its prompts (None: the grid), and its embeddings if those are stored."""
 
     entry: Entry
     prompts: ImagePrompts | None
-    stored: Sequence[Stored] = ()
+    stored: Sequence[Row] = ()
     part: Part | None = None
 
 
@@ -101,11 +98,17 @@ def _run(job: Job) -> int:
         entries = failed(before, entries)
     listing = Listing(islice(entries, arguments.limit), arguments.shard_images)
     info = replicas.connect(arguments.model)
-    stored = _stored(job, info, listing) if arguments.embeddings else {}
+    stored = None
+    if arguments.embeddings:
+        stored = StoredEmbeddings(arguments.embeddings, job.storage, info, listing, job.input)
 
     def sources(index: int) -> list[Source]:
         return [
-            Source(entry, table[entry.uri] if table else None, stored.get(dataset.printable(entry.uri), ()))
+            Source(
+                entry,
+                table[entry.uri] if table else None,
+                stored.of(dataset.printable(entry.uri)) if stored else (),
+            )
             for entry in listing.shard(index)
         ]
 
@@ -169,41 +172,12 @@ def _hash(table: dict[str, ImagePrompts]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _stored(job: Job, info: ModelInfo, listing: Listing) -> dict[str, list[Stored]]:
-    """Image URI → its rows. Raises where nothing matches, or another encoder made the data set."""
-    found = dataset.open(job.arguments.embeddings, job.storage)
-    wanted = {dataset.printable(entry.uri) for index in range(len(listing)) for entry in listing.shard(index)}
-    rows: dict[str, list[Stored]] = {}
-    known = ""
-    for uri, record in found.files(dataset.EMBEDDINGS):
-        if record.encoder_sha256 != info.encoder_sha256:
-            raise InvalidInput(
-                f"{found.uri} was made by another encoder ({record.encoder_sha256[:12]}…) than that of {info.name} "
-                f"({info.encoder_sha256[:12]}…): embed the images with {info.name} first"
-            )
-        names, parts, dtypes = found.read(uri, ["image_uri", "part", "dtype"]).to_pydict().values()
-        if None in dtypes:
-            raise InvalidInput(f"{found.uri} holds no embeddings: {dataset.POOLED_ONLY}")
-        for row, (image_uri, part, stands) in enumerate(zip(names, parts, found.stands(record, names), strict=True)):
-            known = image_uri
-            if stands and image_uri in wanted:
-                rows.setdefault(image_uri, []).append((uri, row, part))
-    if not rows:
-        example = f"its images are like {known}" if known else "it holds no embeddings"
-        raise NotFound(f"{found.uri} has none of the {listing.images} images of {job.input}: {example}")
-    failed = found.table(dataset.ERRORS, ["image_uri", "part"])
-    for image_uri, part in zip(*failed.to_pydict().values(), strict=True):
-        if part and image_uri in rows:
-            rows[image_uri].append(("", FAILED, part))
-    return rows
-
-
 def _parts_of(source: Source) -> Iterator[Source]:
     """An image whose parts have embeddings, part by part, planes together; one that is whole as it is."""
     if not any(part for _, _, part in source.stored):
         yield source
         return
-    planes: dict[View, list[tuple[tuple[int, ...], Stored]]] = {}
+    planes: dict[View, list[tuple[tuple[int, ...], Row]]] = {}
     for one in source.stored:
         view = View.parse(one[2])
         planes.setdefault(replace(view, xywh=""), []).append((view.numbers("xywh") if view.xywh else (), one))

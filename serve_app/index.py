@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,13 +78,14 @@ class Index:
         self.rows = 0
         self.refreshing = threading.Lock()
 
-    def refresh(self) -> int:
-        """Read the records that are new; → how many. Raises NotFound where there is no data set yet."""
+    def refresh(self, also: Callable[[Record], object] = lambda _: None) -> int:
+        """Read the records that are new, `also` for those who want to see them; → how many. Raises NotFound where there
+        is no data set yet."""
         with self.refreshing:
             before = len(self.known)
             for left in reversed(range(dataset.OPEN_ATTEMPTS)):
                 try:
-                    self._add(dataset.records(self.uri, self.storage, self.known))
+                    self.add(dataset.records(self.uri, self.storage, self.known), also)
                     break
                 except NotFound:  # `cellray compact --delete-old` may just have deleted one that was listed
                     if not left:
@@ -110,11 +111,13 @@ class Index:
                 found.append(Place(join(self.uri, path), position - self.starts[file], generation))
         return found
 
-    def _add(self, records: Iterator[Record]) -> None:
+    def add(self, records: Iterator[Record], also: Callable[[Record], object] = lambda _: None) -> None:
+        """Of this data set, each once."""
         batch: list[Record] = []
         try:
             for record in records:
                 batch.append(record)
+                also(record)
                 if len(batch) == ADDED_AT_ONCE:
                     self._take(batch)
                     batch = []

@@ -94,7 +94,7 @@ def test_an_index_takes_24_bytes_a_row(tmp_path: Path) -> None:
     for shard in range(200):
         file = dataset.ShardFile(EMBEDDINGS, f"embeddings/{shard}", rows, 1, "")
         names = [f"{shard} {row}" for row in range(rows)]
-        index._add(
+        index.add(
             iter(
                 [
                     dataset.Record(
