@@ -103,8 +103,8 @@ class EmbeddingStore:
                         self._remember(name, found)
                         return found
         if parts:
-            shown = ", ".join(sorted(parts)[:3]) + (", …" if len(parts) > 3 else "")
-            raise NotFound(f"{image_uri} has no part {part!r} in the data sets; it has {shown}")
+            shown = ", ".join(one or "the whole" for one in sorted(parts)[:3]) + (", …" if len(parts) > 3 else "")
+            raise NotFound(f"{image_uri} has no part {part!r} in the data sets; what is there is {shown}")
         raise NotFound(
             f"no embedding of {image_uri} by an encoder that is served in the data sets ({self._places}): "
             "send the image instead"

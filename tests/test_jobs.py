@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -171,6 +172,45 @@ def test_the_service_answers_from_what_the_job_embedded(app: App, embedded: str)
             time.sleep(1)
     assert answer.status_code == 200, answer.text
     assert answer.json()["embedding_id"] == record.embedding_ids[0]
+
+
+def test_the_service_finds_an_image_by_every_name(app: App, embedded: str, sample_images: Path) -> None:
+    path = next(sample_images.rglob("coins_grey8.png"))
+    rows = dataset.open(embedded).table(dataset.EMBEDDINGS).to_pylist()
+    row = next(row for row in rows if row["image_uri"] == str(path))
+    asked = [{name: row[name], "boxes": [[0, 0, 90, 90]]} for name in ("embedding_id", "image_id", "image_uri")]
+    with httpx.Client(base_url=app.http, timeout=60) as http:
+        answers = [http.post("/v1/segment", json=body).json() for body in asked]
+        assert answers[0]["masks"]
+        assert all(answer == answers[0] for answer in answers)
+        got = http.get(f"/v1/embeddings/{row['embedding_id']}")
+        assert (got.content, got.headers["x-image-id"]) == (row["embedding"], row["image_id"])
+        assert "immutable" in got.headers["cache-control"]
+        again = http.get(got.url, headers={"if-none-match": got.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        as_npz = http.get(got.url, headers={"if-none-match": got.headers["etag"], "accept": "application/x-npz"})
+        assert np.load(io.BytesIO(as_npz.content))["embedding"].tobytes() == row["embedding"]
+        assert http.get("/v1/embeddings/none").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"image_uri": "/no/such.png"}, 404, "send the image instead"),
+        ({"image_uri": "PATH", "part": "z=1"}, 404, "no part 'z=1' in the data sets; what is there is the whole"),
+        ({"image_id": "0" * 64}, 404, "send the image instead"),
+        ({"image_uri": "PATH", "image_id": "0" * 64}, 400, "image_id and image_uri were sent"),
+        ({"image_id": "0" * 64, "part": "z=1"}, 400, "part goes with image_uri"),
+        ({}, 400, "embedding_id, image_id, image_uri"),
+    ],
+)
+def test_the_service_says_which_name_is_wrong(
+    app: App, embedded: str, sample_images: Path, body: dict[str, str], status: int, said: str
+) -> None:
+    path = str(next(sample_images.rglob("coins_grey8.png")))
+    asked = {name: path if value == "PATH" else value for name, value in body.items()}
+    answer = httpx.post(f"{app.http}/v1/segment", json={**asked, "boxes": [[0, 0, 9, 9]]}, timeout=60)
+    assert (answer.status_code, said in answer.json()["error"]) == (status, True), answer.text
 
 
 def test_the_same_command_does_nothing_twice(

@@ -126,7 +126,7 @@ def test_parts_of_an_image_are_told_apart(place: Place) -> None:
     commit(place, 0, [("/x/a.tif", f"z={z}", embedding(f"a{z}", z)) for z in range(3)])
     one = opened(place)
     assert one.of_image("/x/a.tif", "z=2", [ENCODER]).embedding_id == "a2"
-    with pytest.raises(NotFound, match="no part 'z=7' in the data sets; it has z=0, z=1, z=2"):
+    with pytest.raises(NotFound, match="no part 'z=7' in the data sets; what is there is z=0, z=1, z=2"):
         one.of_image("/x/a.tif", "z=7", [ENCODER])
 
 
