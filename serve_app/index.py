@@ -20,7 +20,7 @@ from serve_app import dataset
 from serve_app.dataset import EMBEDDINGS, Record
 
 MERGED_FROM = 4  # a part is merged into the one before it, unless that is so many times larger
-ADDED_AT_ONCE = 256  # records
+ADDED_AT_ONCE = 64  # records
 
 
 class Multimap:

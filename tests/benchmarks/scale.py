@@ -1,10 +1,12 @@
 """What the jobs do with very many images, and the decoder with bombs.
 
-    python -m tests.benchmarks.scale [--only tiny listing bombs] [--images 100000] [--keys 10000000]
+    python -m tests.benchmarks.scale [--only tiny listing bombs index] [--images 100000] [--keys 10000000]
 
 tiny: PNGs of 16 px, files in a folder, through jobs.embed with a null encoder that answers [256, 4, 4], then `cellray
 verify`; the driver's memory is the most that it held alone. It takes a quarter of an hour, and has to be asked for.
 listing: a job's listing of so many keys, from a storage that makes them up; the most that its process ever held.
+index: the service's index of a data set with as many embeddings as keys: what its process holds more than before, an
+embedding, and the time in which one is found by its id, and by its image.
 bombs: the CPU time in which the slowest of tests/bad_images.py is refused, and the most memory that one took.
 """
 
@@ -26,8 +28,8 @@ from PIL import Image
 from cluster.storage import File
 from tests.bad_images import peak_mb
 
-PARTS = ("tiny", "listing", "bombs")
-WANTED = {"tiny_driver_mb": 500.0, "tiny_verify_mb": 500.0, "listing_10m_mb": 1000.0, "bomb_ms": 100.0}
+PARTS = ("tiny", "listing", "bombs", "index")
+WANTED = {"tiny_driver_mb": 500.0, "tiny_verify_mb": 500.0, "listing_10m_mb": 1000.0, "bomb_ms": 100.0, "index_bytes_image": 24.0}
 SIDE, INPUT = 16, 64  # px: of the images, and of the null model, whose embeddings are then [256, 4, 4]
 A_FOLDER = 1000
 A_KEY_BYTES = 1_500_000
@@ -55,6 +57,8 @@ def own(part: str, *arguments: object) -> dict[str, Any]:
 
 def inside(part: str, argument: str) -> dict[str, Any]:
     """Imports no more than the job's own process does."""
+    if part == "index":
+        return index(int(argument))
     from jobs import cli, images
     from jobs.plan import DEFAULT_SHARD_IMAGES, Listing
 
@@ -66,6 +70,31 @@ def inside(part: str, argument: str) -> dict[str, Any]:
     last = listing.shard(len(listing) - 1)[-1]
     assert last.size == A_KEY_BYTES + int(argument) - 1, last
     return {"mb": peak_mb(), "before_mb": before, "seconds": time.perf_counter() - start}
+
+
+def index(rows: int) -> dict[str, Any]:
+    from cluster.memory import private_mb
+    from cluster.storage import Storage
+    from serve_app.dataset import EMBEDDINGS, MAX_ROWS_A_FILE, Record, ShardFile
+    from serve_app.index import Index
+
+    def records() -> Iterator[Record]:
+        for first in range(0, rows, MAX_ROWS_A_FILE):
+            shard, numbers = first // MAX_ROWS_A_FILE, range(first, min(rows, first + MAX_ROWS_A_FILE))
+            file = ShardFile(EMBEDDINGS, f"embeddings/embed-000-{shard:06d}.parquet", len(numbers), 1, "")
+            digests = tuple(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in numbers)
+            yield Record("embed", 0, shard, "", "", (file,), tuple(map(str, numbers)), digests)
+
+    made, before, start = Index("s3://plates/out", Storage()), private_mb(), time.perf_counter()
+    made.add(records())
+    seconds, held = time.perf_counter() - start, private_mb() - before
+    asked = np.random.default_rng(0).integers(0, rows, 10_000).tolist()
+    start = time.perf_counter()
+    found = [made.by_id(str(number)) for number in asked]
+    spent = time.perf_counter() - start
+    for number, places in zip(asked, found, strict=True):
+        assert any(divmod(number, MAX_ROWS_A_FILE) == (int(one.uri[-14:-8]), one.row) for one in places), number
+    return {"bytes": held * 2**20 / rows, "us": 1e6 * spent / len(asked), "rows_s": rows / seconds, "mb": peak_mb()}
 
 
 def on_tiny(temporary: Path, count: int) -> dict[str, float]:
@@ -110,6 +139,16 @@ def on_listing(_: Path, keys: int) -> dict[str, float]:
     }
 
 
+def on_index(_: Path, rows: int) -> dict[str, float]:
+    found = own("index", rows)
+    return {
+        "index_bytes_image": found["bytes"],
+        "index_lookup_us": found["us"],
+        "index_rows_s": found["rows_s"],
+        "index_peak_mb": found["mb"],
+    }
+
+
 def on_bombs(*_: object) -> dict[str, float]:
     words = [sys.executable, "-m", "tests.bad_images", "bombs"]
     text = subprocess.run(
@@ -135,9 +174,8 @@ def main() -> None:
         return
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cellray-bench-") as temporary:
-        for name, part, size in zip(
-            PARTS, (on_tiny, on_listing, on_bombs), (arguments.images, arguments.keys, 0), strict=True
-        ):
+        parts, sizes = (on_tiny, on_listing, on_bombs, on_index), (arguments.images, arguments.keys, 0, arguments.keys)
+        for name, part, size in zip(PARTS, parts, sizes, strict=True):
             if name in arguments.only:
                 figures |= part(Path(temporary), size)
     from tests.benchmarks.nano import report
