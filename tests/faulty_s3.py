@@ -43,7 +43,7 @@ OPERATIONS = {
         "report": ("put",),
     },
     "worker": {
-        "images": ("head", "get"),
+        "images": ("get",),
         "embeddings": ("put", "create", "part", "complete", "abort", "head", "get"),
         "errors": ("put", "head", "get"),
         "records": ("put", "head", "get"),

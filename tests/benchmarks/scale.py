@@ -29,7 +29,13 @@ from cluster.storage import File
 from tests.bad_images import peak_mb
 
 PARTS = ("tiny", "listing", "bombs", "index")
-WANTED = {"tiny_driver_mb": 500.0, "tiny_verify_mb": 500.0, "listing_10m_mb": 1000.0, "bomb_ms": 100.0, "index_bytes_image": 24.0}
+WANTED = {
+    "tiny_driver_mb": 500.0,
+    "tiny_verify_mb": 500.0,
+    "listing_10m_mb": 1000.0,
+    "bomb_ms": 100.0,
+    "index_bytes_image": 24.0,
+}
 SIDE, INPUT = 16, 64  # px: of the images, and of the null model, whose embeddings are then [256, 4, 4]
 A_FOLDER = 1000
 A_KEY_BYTES = 1_500_000
