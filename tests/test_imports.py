@@ -47,3 +47,8 @@ def test_the_model_imports_where_ray_is_not_installed() -> None:
 def test_jobs_and_their_tasks_do_not_load_torch() -> None:
     code = "import sys, jobs.embed, jobs.segment, jobs.show; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_the_client_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, serve_app.client; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -1,7 +1,7 @@
 """jobs.embed around its encoder: what reading, decoding, passing on and writing cost, and how much of an encoder's own
 rate is left.
 
-    python -m tests.benchmarks.pipeline [--only null s3 efficiency] [--images 600]
+    python -m tests.benchmarks.pipeline [--only null s3 efficiency] [--images 1200]
 
 null: the encoder answers at once with a fresh array of 2 MiB an image. JPEGs of about a megapixel, none of them 1024²,
 from a folder into a folder; and the memory of driver and tasks at a tenth of the images and at all of them.
@@ -46,7 +46,7 @@ PARTS = ("null", "s3", "efficiency")
 WANTED = {"null_img_s": 50.0, "null_img_s_s3": 30.0, "job_efficiency": 0.95}
 NULL, INPUT, PATCH, CHANNELS = "null", 1024, 16, 256
 SIDES = (880, 1180)  # px, of the JPEGs
-SLOW, SLOW_IMAGES, TURNS = "sam_vit_b", 24, 3
+SLOW, SLOW_IMAGES, TURNS = "sam_vit_b", 64, 2
 TIMEOUT_S = 900
 LOCAL = ROOT / "deploy" / "serve.local.yaml"
 say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
@@ -210,7 +210,7 @@ def on_efficiency(temporary: Path, _: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all of them)")
-    parser.add_argument("--images", type=int, default=600, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1200, help="(default: %(default)s)")
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cellray-bench-") as temporary:

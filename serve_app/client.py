@@ -1,0 +1,279 @@
+"""The Python client: images to embeddings and masks by HTTP, typed. It loads neither torch nor Ray.
+
+    from serve_app.client import Client
+
+    with Client("http://127.0.0.1:8000") as cellray:
+        cell = cellray.embed("cell.png")
+        found = cellray.segment(embedding_id=cell.embedding_id, boxes=[[120, 80, 310, 260]])
+        found.masks()  # [1, height, width] bool
+
+`AsyncClient` has the same methods, to be awaited. Errors are those of `cluster.errors`, as the service raised them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import numpy as np
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from cluster import errors
+from cluster.errors import CellrayError, DeadlineExceeded, Internal, InvalidInput, NotFound, Unavailable
+from serve_app.contract import Embedding
+from serve_app.model import masks
+
+TIMEOUT_S = 120.0  # of a call, with all that is tried
+IN_FLIGHT = 8  # images
+BACKOFF_S = 0.5
+MOST_ATTEMPTS = 8
+BUSY = (429, 503)
+
+Image = str | os.PathLike[str] | bytes  # a file's path, or its bytes
+
+
+@dataclass(frozen=True)
+class Masks:
+    """An image's N masks.
+
+    size: (height, width). boxes: [N, 4] float32 x, y, width, height. areas: [N] int64, pixels. predicted_iou,
+    stability: [N] float32. prompt_index: [N] int64, which prompt each answers. counts: COCO's compressed run lengths.
+    """
+
+    model: str
+    trained: bool
+    embedding_id: str
+    image_id: str
+    size: tuple[int, int]
+    counts: list[str]
+    boxes: np.ndarray
+    areas: np.ndarray
+    predicted_iou: np.ndarray
+    stability: np.ndarray
+    prompt_index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def masks(self) -> np.ndarray:
+        """[N, height, width] bool."""
+        return masks.decode(self.counts, self.size)
+
+
+class AsyncClient:
+    """A connection to a service, kept open between calls. Use it in an `async with`.
+
+    A call that finds the service busy, away or unreachable is tried again, as it says when (Retry-After) or after a
+    growing pause, until `timeout_s` have passed.
+    """
+
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, in_flight: int = IN_FLIGHT) -> None:
+        self.url, self.timeout_s, self.in_flight = url, timeout_s, in_flight
+        limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
+        self.http = httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models that are served, the default first."""
+        return list((await self._call("GET", "/v1/models")).json())
+
+    async def embed(self, image: Image, model: str | None = None) -> Embedding:
+        """An image's embedding.
+
+        Raises:
+            NotFound: no such file, or model. InvalidImage and its kinds. Unavailable, DeadlineExceeded.
+        """
+        given = {"model": model} if model else {}
+        headers = {"content-type": "application/octet-stream"}
+        data = await asyncio.to_thread(_bytes, image)
+        return _embedding(await self._call("POST", "/v1/embed", params=given, content=data, headers=headers))
+
+    async def embed_many(
+        self, images: Iterable[Image], model: str | None = None
+    ) -> AsyncGenerator[tuple[Image, Embedding | CellrayError]]:
+        """Each image with its embedding, or with its error, in their order; `in_flight` at a time."""
+        waiting: deque[tuple[Image, asyncio.Task[Embedding]]] = deque()
+        coming = iter(images)
+        try:
+            while True:
+                while len(waiting) < self.in_flight and (image := next(coming, None)) is not None:
+                    waiting.append((image, asyncio.create_task(self.embed(image, model))))
+                if not waiting:
+                    return
+                image, task = waiting[0]
+                try:
+                    yield image, await task
+                except CellrayError as error:
+                    yield image, error
+                waiting.popleft()
+        finally:
+            for _, task in waiting:
+                task.cancel()
+
+    async def embedding(self, embedding_id: str) -> Embedding:
+        """One made before. Raises NotFound."""
+        return _embedding(await self._call("GET", f"/v1/embeddings/{embedding_id}"))
+
+    async def segment(self, image: Image | None = None, **request: Any) -> Masks:
+        """Masks of an image, or of one embedded before, named by `embedding_id`, `image_id` or `image_uri`.
+
+        request: as the service's `/docs` has it: `boxes`, `points` and `labels`, or `grid`; `multimask`, `model`, …;
+        arrays or lists, in pixels of the original image.
+
+        Raises:
+            NotFound, InvalidInput and its kinds, Unavailable, DeadlineExceeded
+        """
+        body = json.dumps({name: np.asarray(value).tolist() for name, value in request.items() if value is not None})
+        if image is None:
+            sent: dict[str, Any] = {"content": body, "headers": {"content-type": "application/json"}}
+        else:
+            sent = {"files": {"image": ("image", await asyncio.to_thread(_bytes, image))}, "data": {"request": body}}
+        return _masks((await self._call("POST", "/v1/segment", **sent)).json())
+
+    async def _call(self, method: str, path: str, **sent: Any) -> httpx.Response:
+        end = time.monotonic() + self.timeout_s
+        for attempt in range(MOST_ATTEMPTS):
+            try:
+                answer = await self.http.request(method, path, timeout=max(0.1, end - time.monotonic()), **sent)
+                if answer.status_code < 400:
+                    return answer
+                error, after = _error(answer), float(answer.headers.get("retry-after", 0))
+                if answer.status_code not in BUSY:
+                    raise error
+            except httpx.TimeoutException:
+                raise DeadlineExceeded(f"{self.url}{path} did not answer within {self.timeout_s:g} s") from None
+            except httpx.TransportError as lost:
+                error, after = Unavailable(f"{self.url} could not be reached: {lost or type(lost).__name__}"), 0.0
+            pause = max(after, BACKOFF_S * 2**attempt) * random.uniform(1, 1.5)
+            if attempt + 1 == MOST_ATTEMPTS or time.monotonic() + pause > end:
+                raise error
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+
+class Client:
+    """`AsyncClient` for programs that do not await. Use it in a `with`, or `close` it; threads may share it."""
+
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, in_flight: int = IN_FLIGHT) -> None:
+        self._context: AbstractContextManager[BlockingPortal] = start_blocking_portal()
+        self._portal = self._context.__enter__()
+        self._client = self._portal.call(AsyncClient, url, timeout_s, in_flight)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._portal.call(self._client.__aexit__)
+        self._context.__exit__(None, None, None)
+
+    def models(self) -> list[dict[str, Any]]:
+        """As `AsyncClient.models`."""
+        return self._portal.call(self._client.models)
+
+    def embed(self, image: Image, model: str | None = None) -> Embedding:
+        """As `AsyncClient.embed`."""
+        return self._portal.call(self._client.embed, image, model)
+
+    def embed_many(
+        self, images: Iterable[Image], model: str | None = None
+    ) -> Iterator[tuple[Image, Embedding | CellrayError]]:
+        """As `AsyncClient.embed_many`."""
+        with self._portal.wrap_async_context_manager(aclosing(self._client.embed_many(images, model))) as found:
+            while True:
+                try:
+                    yield self._portal.call(found.__anext__)
+                except StopAsyncIteration:
+                    return
+
+    def embedding(self, embedding_id: str) -> Embedding:
+        """As `AsyncClient.embedding`."""
+        return self._portal.call(self._client.embedding, embedding_id)
+
+    def segment(self, image: Image | None = None, **request: Any) -> Masks:
+        """As `AsyncClient.segment`."""
+
+        async def call() -> Masks:
+            return await self._client.segment(image, **request)
+
+        return self._portal.call(call)
+
+
+def _bytes(image: Image) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return Path(image).read_bytes()
+    except FileNotFoundError as error:
+        raise NotFound(f"{os.fspath(image)} was not found") from error
+    except OSError as error:
+        raise InvalidInput(f"{os.fspath(image)} cannot be read: {error.strerror}") from error
+
+
+def _embedding(answer: httpx.Response) -> Embedding:
+    facts = answer.headers
+    shape, original, read = (
+        tuple(map(int, facts[name].split(","))) for name in ("x-shape", "x-original-size", "x-input-size")
+    )
+    return Embedding(
+        embedding_id=facts["x-embedding-id"],
+        image_id=facts["x-image-id"],
+        model=facts["x-model"],
+        encoder_sha256=facts["x-encoder-sha256"],
+        original=(original[0], original[1]),
+        input=(read[0], read[1]),
+        array=np.frombuffer(answer.content, np.dtype(facts["x-dtype"]).newbyteorder("<")).reshape(shape),
+    )
+
+
+def _masks(answer: dict[str, Any]) -> Masks:
+    found = answer["masks"]
+
+    def column(name: str, dtype: str, *shape: int) -> np.ndarray:
+        return np.array([mask[name] for mask in found], dtype).reshape(len(found), *shape)
+
+    return Masks(
+        model=answer["model"],
+        trained=answer["trained"],
+        embedding_id=answer["embedding_id"],
+        image_id=answer["image_id"],
+        size=(answer["height"], answer["width"]),
+        counts=[mask["segmentation"]["counts"] for mask in found],
+        boxes=column("bbox", "f4", 4),
+        areas=column("area", "i8"),
+        predicted_iou=column("predicted_iou", "f4"),
+        stability=column("stability_score", "f4"),
+        prompt_index=column("prompt_index", "i8"),
+    )
+
+
+def _error(answer: httpx.Response) -> CellrayError:
+    """As the service raised it; of what lies before the service, by status."""
+    try:
+        body = answer.json()
+        kind, message = getattr(errors, body["error_type"]), body["error"]
+        if issubclass(kind, CellrayError):
+            return kind(message)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    text = f"{answer.request.url} answered {answer.status_code}: {answer.text[:200]}"
+    if answer.status_code in BUSY or answer.status_code in (502, 504):
+        return Unavailable(text)
+    return InvalidInput(text) if answer.status_code < 500 else Internal(text)

@@ -1,0 +1,160 @@
+"""The Python client, against the real service and against servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import DeadlineExceeded, InvalidImage, InvalidInput, InvalidPrompt, NotFound, Unavailable
+from serve_app import client
+from serve_app.client import AsyncClient, Client
+from tests.conftest import App
+
+
+@pytest.fixture(scope="module")
+def cellray(app: App) -> Iterator[Client]:
+    with Client(app.http) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def coins(sample_images: Path) -> Path:
+    return next(sample_images.rglob("coins_grey8.png"))
+
+
+def test_an_image_becomes_an_embedding_and_masks(cellray: Client, coins: Path) -> None:
+    assert cellray.models()[0]["name"] == "nano"
+    made = cellray.embed(coins)
+    assert (made.array.dtype, made.array.shape, made.model) == (np.float16, (256, 32, 32), "nano")
+    again = cellray.embedding(made.embedding_id)
+    assert again.original == made.original
+    np.testing.assert_array_equal(again.array, made.array)
+    boxes = np.array([[20, 30, 120, 130], [0, 0, 300, 300]], np.float32)
+    found = cellray.segment(embedding_id=made.embedding_id, boxes=boxes)
+    assert (len(found), found.masks().shape, found.boxes.shape) == (2, (2, *made.original), (2, 4))
+    assert found.masks().sum(axis=(1, 2)).tolist() == found.areas.tolist()
+    sent = cellray.segment(coins.read_bytes(), boxes=boxes, model="nano")
+    assert (sent.counts, sent.image_id) == (found.counts, made.image_id)
+    assert len(cellray.segment(image_id=made.image_id, points=[[[60, 60]]], multimask=True)) == 3
+
+
+def test_nothing_found_is_no_mask(cellray: Client, coins: Path) -> None:
+    found = cellray.segment(coins, grid=1, pred_iou_thresh=1e9)
+    assert (len(found), found.masks().shape[0], found.boxes.shape) == (0, 0, (0, 4))
+
+
+def test_many_images_come_in_their_order_each_with_its_own_error(cellray: Client, sample_images: Path) -> None:
+    bad = next(sample_images.rglob("not_an_image.png"))
+    paths = [*sorted(sample_images.rglob("*_grey8.png")), bad, "/no/such.png"] * 3
+    answers = list(cellray.embed_many(iter(paths)))
+    assert [path for path, _ in answers] == paths
+    for path, answer in answers:
+        kind = {str(bad): InvalidImage, "/no/such.png": NotFound}.get(str(path), client.Embedding)
+        assert isinstance(answer, kind), (path, answer)
+    for _ in cellray.embed_many(paths):
+        break  # whoever stops early leaves nothing behind
+    assert cellray.models()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        (InvalidPrompt, {"image_id": "0" * 64, "boxes": [[0, 0, 1]]}),
+        (InvalidInput, {"boxes": [[0, 0, 9, 9]]}),
+        (NotFound, {"embedding_id": "none", "boxes": [[0, 0, 9, 9]]}),
+        (NotFound, {"embedding_id": "none", "boxes": [[0, 0, 9, 9]], "model": "no such"}),
+    ],
+)
+def test_errors_are_those_of_the_service(cellray: Client, kind: type[Exception], asked: dict[str, Any]) -> None:
+    with pytest.raises(kind):
+        cellray.segment(**asked)
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[Any]]]:
+    """(URL, what it will answer: (status, headers, body), or None: it hangs up); then it answers `[]`."""
+    plan: list[Any] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            answer = plan.pop(0) if plan else (200, {}, b"[]")
+            if answer is None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            status, headers, body = answer
+            time.sleep(float(headers.pop("wait", 0)))
+            self.send_response(status)
+            for name, value in {**headers, "content-length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{made.server_port}", plan
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+BUSY = json.dumps({"error": "all replicas are busy", "error_type": "Overloaded"}).encode()
+
+
+def test_a_busy_service_is_asked_again_when_it_says(server: tuple[str, list[Any]]) -> None:
+    url, plan = server
+    plan += [(503, {"retry-after": "1"}, BUSY), None, (429, {}, b"slow down")]
+    start = time.monotonic()
+    with Client(url) as made:
+        assert made.models() == []
+    assert (plan, time.monotonic() - start > 1) == ([], True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        ((503, {"retry-after": "60"}, BUSY), Unavailable, "all replicas are busy"),
+        ((502, {}, b"<html>no upstream"), Unavailable, "answered 502: <html>no upstream"),
+        ((404, {}, b"not here"), InvalidInput, "answered 404: not here"),
+        ((500, {}, json.dumps({"error": "x", "error_type": "SystemExit"}).encode()), Exception, "answered 500"),
+        ((200, {"wait": "3"}, b"[]"), DeadlineExceeded, "did not answer within 2 s"),
+    ],
+)
+def test_what_cannot_be_had_in_time_is_an_error(
+    server: tuple[str, list[Any]], answer: Any, kind: type[Exception], said: str
+) -> None:
+    url, plan = server
+    plan.append(answer)
+    with Client(url, timeout_s=2) as made, pytest.raises(kind, match=said):
+        made.models()
+
+
+def test_nobody_there_is_an_error_that_names_the_address() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with Client(url, timeout_s=2) as made, pytest.raises(Unavailable, match=url):
+        made.models()
+
+
+def test_the_same_awaited(server: tuple[str, list[Any]]) -> None:
+    async def both() -> list[Any]:
+        async with AsyncClient(server[0]) as made:
+            return await asyncio.gather(made.models(), made.models())
+
+    assert asyncio.run(both()) == [[], []]
