@@ -21,6 +21,7 @@ from cluster.errors import InvalidSettings, NotFound, Unavailable
 from cluster.settings import MIB
 
 LOCAL_OBJECT_STORE_BYTES = 512 * MIB
+AGENT_PORT = 52365  # of Ray's agent, who starts submitted jobs; `ray.init` takes no other
 READY_TIMEOUT_S = 300.0
 POLL_S = 0.5
 UNHEALTHY = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -92,6 +93,8 @@ def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Ses
     folder = tempfile.mkdtemp(prefix="cellray-", dir="/tmp")  # short: Ray's socket paths may have 107 bytes
     http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **(config.get("http_options") or {})}
     http["port"] = _free_port(http["port"])
+    if _free_port(AGENT_PORT) != AGENT_PORT:
+        say(f"port {AGENT_PORT} is taken, by another Ray perhaps: `ray job submit` will find no agent in this one")
     try:
         say("starting Ray")
         with keeping_sigterm():
