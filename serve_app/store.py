@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from cluster.errors import CellrayError, NotFound
 from cluster.settings import Settings
@@ -90,18 +90,11 @@ class EmbeddingStore:
             with suppress(NotFound):
                 return self.get(remembered)
         for _ in self._looks():
-            for index in self.indexes:
-                for place in index.by_image(image_uri):
-                    try:
-                        facts = dataset.facts(self.storage, place.uri, place.row)
-                    except NotFound:
-                        continue
-                    if facts["image_uri"] != image_uri or facts["encoder_sha256"] not in encoders:
-                        continue
-                    parts.add(facts["part"])
-                    if facts["part"] == part and (found := self.recall(facts["embedding_id"]) or self._read(place)):
-                        self._remember(name, found)
-                        return found
+            for place, facts in self._rows(image_uri, encoders):
+                parts.add(facts["part"])
+                if facts["part"] == part and (found := self.recall(facts["embedding_id"]) or self._read(place)):
+                    self._remember(name, found)
+                    return found
         if parts:
             shown = ", ".join(one or "the whole" for one in sorted(parts)[:3]) + (", …" if len(parts) > 3 else "")
             raise NotFound(f"{image_uri} has no part {part!r} in the data sets; what is there is {shown}")
@@ -114,15 +107,30 @@ class EmbeddingStore:
     def _places(self) -> str:
         return ", ".join(index.uri for index in self.indexes) or "none are configured"
 
+    def _rows(self, image_uri: str, encoders: Sequence[str]) -> Iterator[tuple[Place, dict[str, str]]]:
+        """Where an image's embeddings are, and what they are of."""
+        for index in self.indexes:
+            for place in index.by_image(image_uri):
+                with self._moving():
+                    facts = dataset.facts(self.storage, place.uri, place.row)
+                    if facts["image_uri"] == image_uri and facts["encoder_sha256"] in encoders:
+                        yield place, facts
+
     def _read(self, place: Place) -> Embedding | None:
-        """None where `cellray compact --delete-old` has moved the row to another file."""
-        try:
+        with self._moving():
             found = next(dataset.open_embeddings(self.storage, place.uri, [place.row]))
+            self.put(found)
+            return found
+        return None
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """A file that is gone, because `cellray compact --delete-old` has moved its rows, is no error: it is time to
+        refresh."""
+        try:
+            yield
         except NotFound:
             self.next_refresh = float("-inf")
-            return None
-        self.put(found)
-        return found
 
     def _remember(self, name: tuple[str, ...], found: Embedding) -> None:
         with self.lock:
