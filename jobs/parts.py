@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import faulthandler
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster import watch
 from cluster.errors import CellrayError, InvalidImage
 from cluster.settings import Limits
 from jobs.images import Entry
@@ -22,30 +21,6 @@ from serve_app.model.preprocess import ModelImage, Size
 from serve_app.model.prompts import GridOptions, crops
 from serve_app.model.tiles import Box
 
-DECODE_S = 300.0  # in which a decoder of any image within the limits is done, also on a busy machine
-STDERR = 2
-
-
-_decoding: list[None] = []  # one for each thread that does
-_changing = threading.Lock()
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """Ends this process, with its threads' tracebacks on stderr, where none of its decoders was done for DECODE_S:
-    nothing else stops one in an endless loop, which may hold the GIL. To the job that is a crash like others."""
-    with _changing:
-        _decoding.append(None)
-        faulthandler.dump_traceback_later(DECODE_S, exit=True, file=STDERR)
-    try:
-        yield
-    finally:
-        with _changing:
-            _decoding.pop()
-            faulthandler.cancel_dump_traceback_later()
-            if _decoding:
-                faulthandler.dump_traceback_later(DECODE_S, exit=True, file=STDERR)
-
 
 class File:
     """An image's file in memory, decoded a plane at a time, for several threads.
@@ -56,7 +31,7 @@ class File:
     def __init__(self, data: bytes, view: View, max_pixels: int) -> None:
         self.view, self.max_pixels, self.data = view, max_pixels, data
         self.chosen = planes.channels(view.channels) if view.channels else ()
-        with _ending():
+        with watch.ending():
             self.stack = Stack(data, max_pixels) if view.channels or view.t or view.z else None
         self.lock = threading.Lock()
         self.kept: tuple[View, np.ndarray] | None = None
@@ -75,7 +50,7 @@ class File:
         """[height, width, 3] uint8 RGB of a plane, or its crop."""
         with self.lock:
             if self.kept is None or self.kept[0] != plane:
-                with _ending():
+                with watch.ending():
                     self.kept = plane, self._decoded(plane)
             return self.kept[1]
 
@@ -145,7 +120,7 @@ class Part:
         """Decode and resize, and cut the crops that `grid` lays over it. Raises what `File` does, and `error`."""
         file = self._file
         if file.plain and not self.box and not grid:
-            with _ending():
+            with watch.ending():
                 return ReadImage(self.image_id(), preprocess.prepare(file.data, image_size, file.max_pixels))
         pixels = file.pixels(self.plane)
         if self.box:

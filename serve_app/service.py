@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import anyio.to_thread
 import numpy as np
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from cluster import watch
 from cluster.errors import (
     CellrayError,
     DeadlineExceeded,
@@ -31,6 +32,8 @@ from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, crops
 from serve_app.store import EmbeddingStore
+
+Result = TypeVar("Result")
 
 CROPS_A_CALL = 8  # of one image to an encoder
 
@@ -82,7 +85,7 @@ class Service:
         known = self.store.recall(embedding_id)
         if known:
             return known
-        image: ModelImage = await anyio.to_thread.run_sync(self._decode, data, info.image_size)
+        image: ModelImage = await self._decode(self._prepare, data, info.image_size)
         (array,) = await self._call(self.encoders[info.name].encode.remote([image.pixels]))
         embedding = Embedding(
             embedding_id=embedding_id,
@@ -96,8 +99,21 @@ class Service:
         self.store.put(embedding)
         return embedding
 
-    def _decode(self, data: bytes, image_size: int) -> ModelImage:
-        return preprocess.resize(preprocess.decode(data, self.limits.image_pixels), image_size)
+    def _prepare(self, data: bytes, image_size: int) -> ModelImage:
+        return preprocess.prepare(data, image_size, self.limits.image_pixels)
+
+    async def _decode(self, call: Callable[..., Result], *arguments: object) -> Result:
+        """In a thread, and within the deadline. A decoder that never ends is ended with this replica, in the end."""
+
+        def watched() -> Result:
+            with watch.ending():
+                return call(*arguments)
+
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                return await anyio.to_thread.run_sync(watched, abandon_on_cancel=True)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the image was not read within {self.limits.request_timeout_s:g} s") from error
 
     async def stored(self, what: Stored, model: str | None) -> tuple[Embedding, ModelInfo]:
         """An embedding made before and the model to decode it with: the one named, or the first whose encoder made it.
@@ -147,10 +163,10 @@ class Service:
         if parts:
             if data is None:
                 raise InvalidInput("crop_n_layers needs the image itself: an embedding is of the whole image")
-            pixels = await anyio.to_thread.run_sync(preprocess.decode, data, self.limits.image_pixels)
+            pixels = await self._decode(preprocess.decode, data, self.limits.image_pixels)
             for start in range(0, len(parts), CROPS_A_CALL):
                 some = parts[start : start + CROPS_A_CALL]
-                cut = [await anyio.to_thread.run_sync(crop.cut, pixels, info.image_size) for crop in some]
+                cut = [await self._decode(crop.cut, pixels, info.image_size) for crop in some]
                 arrays = await self._call(self.encoders[info.name].encode.remote(cut))
                 views += zip(map(_value, arrays), some, strict=True)
         handle = self.decoders[info.name].automask

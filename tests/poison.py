@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from cluster import watch
 from cluster.errors import InvalidImage
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -42,7 +43,7 @@ def set_up() -> None:
             sum(itertools.repeat(0))  # in C, and with the GIL
         return decode(data, *rest)
 
-    preprocess._decoded, parts.DECODE_S = deadly, DECODE_S
+    preprocess._decoded, watch.DECODE_S = deadly, DECODE_S
 
 
 @ray.remote(num_cpus=1, max_retries=0)
