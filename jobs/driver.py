@@ -262,7 +262,9 @@ def execute(job: Job, work: Work, model: ModelInfo, replicas: dict[str, int]) ->
             own = Dataset(job.storage, job.output, tuple(one for one in found.records if one.job == job.name))
             merged = len(own.table(dataset.ERRORS, ["image_uri"]))
     if listing.repeated:
-        print(f"{job.name}: {listing.repeated} images are named again: the first of each counts", flush=True)
+        print(
+            f"{job.name}: {listing.repeated} images are named again: the first of each counts, with its key", flush=True
+        )
     left = [index for index in range(len(listing)) if index not in committed]
     before = sum(map(listing.size, committed))
     if before:
