@@ -4,8 +4,8 @@
 
     with Client("http://127.0.0.1:8000") as cellray:
         cell = cellray.embed("cell.png")
-        found = cellray.segment(embedding_id=cell.embedding_id, boxes=[[120, 80, 310, 260]])
-        found.masks()  # [1, height, width] bool
+        answer = cellray.segment(embedding_id=cell.embedding_id, boxes=[[120, 80, 310, 260]])
+        answer.masks()  # [1, height, width] bool
 
 `AsyncClient` has the same methods, to be awaited. Errors are those of `cluster.errors`, as the service raised them.
 """
@@ -31,7 +31,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from cluster import errors
 from cluster.errors import CellrayError, DeadlineExceeded, Internal, InvalidInput, NotFound, Unavailable
 from serve_app.contract import Embedding
-from serve_app.model import masks
+from serve_app.model.masks import MaskSet
 
 TIMEOUT_S = 120.0  # of a call, with all that is tried
 IN_FLIGHT = 8  # images
@@ -44,30 +44,20 @@ Image = str | os.PathLike[str] | bytes  # a file's path, or its bytes
 
 @dataclass(frozen=True)
 class Masks:
-    """An image's N masks.
-
-    size: (height, width). boxes: [N, 4] float32 x, y, width, height. areas: [N] int64, pixels. predicted_iou,
-    stability: [N] float32. prompt_index: [N] int64, which prompt each answers. counts: COCO's compressed run lengths.
-    """
+    """An image's masks, and what made them. `found` has their scores, boxes and so on; no object embeddings."""
 
     model: str
     trained: bool
     embedding_id: str
     image_id: str
-    size: tuple[int, int]
-    counts: list[str]
-    boxes: np.ndarray
-    areas: np.ndarray
-    predicted_iou: np.ndarray
-    stability: np.ndarray
-    prompt_index: np.ndarray
+    found: MaskSet
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self.found)
 
     def masks(self) -> np.ndarray:
         """[N, height, width] bool."""
-        return masks.decode(self.counts, self.size)
+        return self.found.decode()
 
 
 class AsyncClient:
@@ -249,19 +239,17 @@ def _masks(answer: dict[str, Any]) -> Masks:
     def column(name: str, dtype: str, *shape: int) -> np.ndarray:
         return np.array([mask[name] for mask in found], dtype).reshape(len(found), *shape)
 
-    return Masks(
-        model=answer["model"],
-        trained=answer["trained"],
-        embedding_id=answer["embedding_id"],
-        image_id=answer["image_id"],
+    masks = MaskSet(
         size=(answer["height"], answer["width"]),
         counts=[mask["segmentation"]["counts"] for mask in found],
         boxes=column("bbox", "f4", 4),
         areas=column("area", "i8"),
         predicted_iou=column("predicted_iou", "f4"),
         stability=column("stability_score", "f4"),
-        prompt_index=column("prompt_index", "i8"),
+        prompt_index=column("prompt_index", "i4"),
+        object_embeddings=np.zeros((len(found), 0), np.float32),
     )
+    return Masks(answer["model"], answer["trained"], answer["embedding_id"], answer["image_id"], masks)
 
 
 def _error(answer: httpx.Response) -> CellrayError:

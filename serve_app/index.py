@@ -1,4 +1,4 @@
-"""Where a data set's embeddings are, by id and by image, from its commit records alone: 24 bytes a row in memory.
+"""Where a data set's embeddings are, by id and by image, from its commit records alone: 24 bytes a row.
 
 Keys are 64-bit digests, so that what is found is to be compared with what was asked for: about one lookup in
 10^11 of 100 million rows finds another's too.

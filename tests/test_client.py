@@ -41,16 +41,16 @@ def test_an_image_becomes_an_embedding_and_masks(cellray: Client, coins: Path) -
     np.testing.assert_array_equal(again.array, made.array)
     boxes = np.array([[20, 30, 120, 130], [0, 0, 300, 300]], np.float32)
     found = cellray.segment(embedding_id=made.embedding_id, boxes=boxes)
-    assert (len(found), found.masks().shape, found.boxes.shape) == (2, (2, *made.original), (2, 4))
-    assert found.masks().sum(axis=(1, 2)).tolist() == found.areas.tolist()
+    assert (len(found), found.masks().shape, found.found.boxes.shape) == (2, (2, *made.original), (2, 4))
+    assert found.masks().sum(axis=(1, 2)).tolist() == found.found.areas.tolist()
     sent = cellray.segment(coins.read_bytes(), boxes=boxes, model="nano")
-    assert (sent.counts, sent.image_id) == (found.counts, made.image_id)
+    assert (sent.found.counts, sent.image_id) == (found.found.counts, made.image_id)
     assert len(cellray.segment(image_id=made.image_id, points=[[[60, 60]]], multimask=True)) == 3
 
 
 def test_nothing_found_is_no_mask(cellray: Client, coins: Path) -> None:
     found = cellray.segment(coins, grid=1, pred_iou_thresh=1e9)
-    assert (len(found), found.masks().shape[0], found.boxes.shape) == (0, 0, (0, 4))
+    assert (len(found), found.masks().shape[0], found.found.boxes.shape) == (0, 0, (0, 4))
 
 
 def test_many_images_come_in_their_order_each_with_its_own_error(cellray: Client, sample_images: Path) -> None:

@@ -402,6 +402,8 @@ def silent() -> Iterator[tuple[str, list[str]]]:
             asked.append(self.command)
             over.wait(10)
 
+        do_GET = do_HEAD
+
         def log_message(self, *_: Any) -> None:
             pass
 
@@ -422,6 +424,8 @@ def test_a_silent_server_is_asked_as_often_as_the_settings_say(silent: tuple[str
     storage = Storage(StorageSettings(endpoint_url=url, attempts=1, read_timeout_s=0.1))
     raised(Unavailable, lambda: storage.size("s3://bucket/a"))
     assert asked == ["HEAD"]
+    raised(Unavailable, lambda: storage.read("s3://bucket/a", 9))
+    assert asked == ["HEAD", "GET"]  # one request an object
 
 
 # Who may
