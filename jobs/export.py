@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tifffile
 
 from cluster.errors import NotFound
@@ -108,11 +107,12 @@ def labels(found: Dataset, names: Names, to: str, done: Callable[[], Any]) -> in
     """
     count = 0
     for uri, size, rows in _images(found):
-        most = max((row["mask_index"] for row in rows), default=0) + 1
-        plane = np.zeros(size, np.uint16 if most < 1 << 16 else np.uint32)
-        for row in sorted(rows, key=lambda row: -row["area"]):
-            (mask,) = masks.decode([row["segmentation"]["counts"]], size)
-            plane[mask] = row["mask_index"] + 1
+        counts, areas, labels = (
+            [row["segmentation"]["counts"] for row in rows],
+            [row["area"] for row in rows],
+            [row["mask_index"] + 1 for row in rows],
+        )
+        plane = masks.label_map(counts, areas, labels, size)
         content = io.BytesIO()
         tifffile.imwrite(content, plane, compression="zlib", metadata=None, software=False)
         found.storage.publish(join(absolute(to), names.with_suffix(uri, ".tif")), content.getvalue())

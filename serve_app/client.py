@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +31,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from cluster import errors
 from cluster.errors import CellrayError, DeadlineExceeded, Internal, InvalidInput, NotFound, Unavailable
-from serve_app.contract import Embedding
+from serve_app.contract import Embedding, packed, unpacked
 from serve_app.model.masks import MaskSet
 
 TIMEOUT_S = 120.0  # of a call, with all that is tried
@@ -122,18 +123,29 @@ class AsyncClient:
     async def segment(self, image: Image | None = None, **request: Any) -> Masks:
         """Masks of an image, or of one embedded before, named by `embedding_id`, `image_id` or `image_uri`.
 
-        request: as the service's `/docs` has it: `boxes`, `points` and `labels`, or `grid`; `multimask`, `model`, …;
-        arrays or lists, in pixels of the original image.
+        request: as the service's `/docs` has it: `boxes`, `points` and `labels`, `masks`; `multimask`, `model`, …;
+        arrays or lists, in pixels of the original image. With `logits=True` the answer's `found.logits` are what
+        `masks` takes, to refine a mask with a next click.
 
         Raises:
             NotFound, InvalidInput and its kinds, Unavailable, DeadlineExceeded
         """
-        body = json.dumps({name: np.asarray(value).tolist() for name, value in request.items() if value is not None})
+        if request.get("masks") is not None:
+            request["masks"] = [packed(mask) for mask in request["masks"]]
+        return await self._masks("/v1/segment", image, request)
+
+    async def automask(self, image: Image | None = None, **request: Any) -> Masks:
+        """Masks of every object, found from a grid of points: `points_per_side`, `pred_iou_thresh` and so on, as
+        segment_anything's SamAutomaticMaskGenerator has them. Raises as `segment`."""
+        return await self._masks("/v1/automask", image, request)
+
+    async def _masks(self, path: str, image: Image | None, request: dict[str, Any]) -> Masks:
+        body = json.dumps({name: value for name, value in request.items() if value is not None}, default=_plain)
         if image is None:
             sent: dict[str, Any] = {"content": body, "headers": {"content-type": "application/json"}}
         else:
             sent = {"files": {"image": ("image", await asyncio.to_thread(_bytes, image))}, "data": {"request": body}}
-        return _masks((await self._call("POST", "/v1/segment", **sent)).json())
+        return _masks((await self._call("POST", path, **sent)).json())
 
     async def _call(self, method: str, path: str, **sent: Any) -> httpx.Response:
         end = time.monotonic() + self.timeout_s
@@ -200,10 +212,11 @@ class Client:
     def segment(self, image: Image | None = None, **request: Any) -> Masks:
         """As `AsyncClient.segment`."""
 
-        async def call() -> Masks:
-            return await self._client.segment(image, **request)
+        return self._portal.call(partial(self._client.segment, image, **request))
 
-        return self._portal.call(call)
+    def automask(self, image: Image | None = None, **request: Any) -> Masks:
+        """As `AsyncClient.automask`."""
+        return self._portal.call(partial(self._client.automask, image, **request))
 
 
 def _bytes(image: Image) -> bytes:
@@ -215,6 +228,13 @@ def _bytes(image: Image) -> bytes:
         raise NotFound(f"{os.fspath(image)} was not found") from error
     except OSError as error:
         raise InvalidInput(f"{os.fspath(image)} cannot be read: {error.strerror}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, numpy's numbers as Python's. Raises TypeError for what is neither."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} in a request: expected numbers, lists or arrays")
 
 
 def _embedding(answer: httpx.Response) -> Embedding:
@@ -240,7 +260,7 @@ def _masks(answer: dict[str, Any]) -> Masks:
         return np.array([mask[name] for mask in found], dtype).reshape(len(found), *shape)
 
     masks = MaskSet(
-        size=(answer["height"], answer["width"]),
+        size=tuple(found[0]["segmentation"]["size"]) if found else (answer["height"], answer["width"]),
         counts=[mask["segmentation"]["counts"] for mask in found],
         boxes=column("bbox", "f4", 4),
         areas=column("area", "i8"),
@@ -248,6 +268,7 @@ def _masks(answer: dict[str, Any]) -> Masks:
         stability=column("stability_score", "f4"),
         prompt_index=column("prompt_index", "i4"),
         object_embeddings=np.zeros((len(found), 0), np.float32),
+        logits=np.stack([unpacked(**mask["logits"]) for mask in found]) if found and "logits" in found[0] else None,
     )
     return Masks(answer["model"], answer["trained"], answer["embedding_id"], answer["image_id"], masks)
 

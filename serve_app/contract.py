@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +16,7 @@ APP_NAME = "cellray"
 INGRESS = "ingress"
 DTYPE = "float16"  # of embeddings as they travel and are kept, if nothing is said; not what they are computed in
 DTYPES = (DTYPE, "float32")
+LOGITS_DTYPE = "<f2"
 POOLED = "pooled"  # where a data set keeps no more of an embedding than the mean over its image
 
 
@@ -35,6 +39,17 @@ def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE)
     """sha256 over what an embedding is a function of: image, preprocessing, encoder, `kept`, one of DTYPES or POOLED,
     and `dtype`, what it was computed in. Hex."""
     return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, kept, dtype)).encode()).hexdigest()
+
+
+def packed(logits: np.ndarray) -> dict[str, Any]:
+    """[h, w] → what JSON has of a mask's logits: their shape, and float16, little-endian, C order, in base64."""
+    data = np.ascontiguousarray(logits, LOGITS_DTYPE).tobytes()
+    return {"shape": logits.shape, "data": base64.b64encode(data).decode()}
+
+
+def unpacked(shape: Sequence[int], data: str) -> np.ndarray:
+    """What `packed` packed: [h, w] float16. Raises ValueError."""
+    return np.frombuffer(base64.b64decode(data, validate=True), LOGITS_DTYPE).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ JOBS = ("embed", "segment")
 MAX_RECORD_BYTES = 64 * MIB
 RECORD_READERS, RECORDS_AT_ONCE = 16, 256
 OPEN_ATTEMPTS = 3
-FACTS = ("embedding_id", "image_uri", "part", "encoder_sha256")  # of an embedding, beside itself
+FACTS = ("embedding_id", "image_id", "image_uri", "part", "width", "height", "model", "encoder_sha256")
 POOLED_ONLY = (
     "its data set was made with --pooled-only, for search; masks and training need jobs.embed without it, into another "
     "output"
@@ -364,10 +364,10 @@ def open_embeddings(storage: Storage, uri: str, rows: list[int]) -> Iterator[Emb
             yield embedding_of(parquet.read_row_group(row).to_pylist()[0])
 
 
-def facts(storage: Storage, uri: str, row: int) -> dict[str, str]:
-    """The columns FACTS of a row of an embeddings file. Raises InvalidEmbedding."""
+def facts(storage: Storage, uri: str, rows: list[int]) -> list[dict[str, Any]]:
+    """The columns FACTS, all but the embedding itself, of rows of an embeddings file. Raises InvalidEmbedding."""
     with _one_a_group(storage, uri) as parquet:
-        return parquet.read_row_group(row, columns=list(FACTS)).to_pylist()[0]
+        return parquet.read_row_groups(rows, columns=list(FACTS)).to_pylist()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -29,7 +30,7 @@ from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
 from cluster.settings import Frozen, Settings, WeightsSettings
 from serve_app import ingress, models
 from serve_app.contract import DTYPE, ModelInfo
-from serve_app.model import automask, checkpoint, decoder, encoder
+from serve_app.model import automask, checkpoint, decoder, encoder, onnx
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, View
@@ -130,6 +131,7 @@ class LoadedDecoder:
 
     decoder: decoder.Decoder | None
     info: ModelInfo
+    folder: Path
 
     @classmethod
     def load(cls, settings: Settings, name: str, chosen: WeightsSettings | None) -> LoadedDecoder:
@@ -138,13 +140,13 @@ class LoadedDecoder:
         folder = models.prepare_decoder(settings, name, chosen)
         card = checkpoint.ModelCard.read(folder)
         if not card.decoder_sha256:
-            return cls(None, models.describe(name, card, "no decoder", device, model.dtype))
+            return cls(None, models.describe(name, card, "no decoder", device, model.dtype), folder)
         found = decoder.load(folder, runtime, device, model.dtype)
         info = models.describe(name, card, found.runtime, device, model.dtype)
         warm_up = Prompts(boxes=np.array([[0, 0, 8, 8]], np.float32))
         decoder.segment(found, [DecodeRequest(np.zeros(info.embedding_shape, np.float16), (16, 16), warm_up)])
         log.info(f"decoder {name}: {found.runtime}, ready; {card.decoder_sha256[:12]}…")
-        return cls(found, info)
+        return cls(found, info, folder)
 
     def check(self, decoder_sha256: str | None) -> None:
         """Raises Conflict where another decoder was asked for."""
@@ -163,7 +165,8 @@ class DecoderReplica:
 
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
-        self.automasks = asyncio.Semaphore(AUTOMASKS)
+        self.automasks, self.exporting = asyncio.Semaphore(AUTOMASKS), asyncio.Lock()
+        self.exported: tuple[str, bytes] | None = None  # the ONNX file, and whose
         self.settings, self.name, self.serving = settings, name, False
         self.loaded = LoadedDecoder.load(settings, name, None)
 
@@ -188,6 +191,17 @@ class DecoderReplica:
 
     def info(self) -> ModelInfo:
         return self.loaded.info
+
+    async def onnx(self) -> bytes:
+        """The decoder that answers now, as an ONNX file. Raises NotFound, InvalidSettings."""
+        loaded = self.loaded
+        if loaded.decoder is None:
+            raise checkpoint.no_decoder()
+        async with self.exporting:
+            if self.exported is None or self.exported[0] != loaded.info.decoder_sha256:
+                data, _ = await anyio.to_thread.run_sync(onnx.exported, loaded.folder, self.name)
+                self.exported = loaded.info.decoder_sha256, data
+        return self.exported[1]
 
     async def segment(
         self, requests: list[DecodeRequest], decoder_sha256: str | None = None

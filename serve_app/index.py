@@ -98,9 +98,22 @@ class Index:
 
     def by_image(self, image_uri: str) -> list[Place]:
         """Rows of an image, as in the column `image_uri`: of all its parts, of the last generation that has any."""
-        key = _key(image_uri)
-        last = max(self.superseded.find(key), default=0)
-        return [place for place in self._places(self.images.find(key)) if place.generation >= last]
+        places = self._places(self.images.find(_key(image_uri)))
+        return [place for place in places if self.stands(image_uri, place.generation)]
+
+    def after(self, path: str, row: int, most: int) -> list[Place]:
+        """The next rows, of one file: those after `row` of the file `path`, or else the first of the next file by
+        name; `most` of them. None are left where it is empty."""
+        sizes = np.diff([*self.starts, self.rows]).tolist()
+        for (file, generation), rows in sorted(zip(self.files, sizes, strict=False)):
+            first = row + 1 if file == path else 0
+            if file >= path and first < rows and file not in self.replaced:
+                return [Place(join(self.uri, file), one, generation) for one in range(first, min(rows, first + most))]
+        return []
+
+    def stands(self, image_uri: str, generation: int) -> bool:
+        """No later generation has the image too."""
+        return generation >= max(self.superseded.find(_key(image_uri)), default=0)
 
     def _places(self, positions: Iterable[int]) -> list[Place]:
         found = []

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar, get_args
 
-import anyio.to_thread
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from cluster import watch
 from cluster.errors import (
     CellrayError,
+    Conflict,
     DeadlineExceeded,
     Internal,
     InvalidInput,
@@ -30,12 +32,16 @@ from serve_app.contract import Embedding, ModelInfo
 from serve_app.model import preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
-from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, crops
-from serve_app.store import EmbeddingStore
+from serve_app.model.prompts import DecodeRequest, GridOptions, crops
+from serve_app.store import EmbeddingStore, Facts
 
 Result = TypeVar("Result")
 
 CROPS_A_CALL = 8  # of one image to an encoder
+EMBEDS_AT_ONCE = 8  # of one request's images
+DECODES_AT_ONCE = 4  # images, whatever their size; stored embeddings are read beside them, so that clicks do not wait
+READS_AT_ONCE = 16
+LOGITS = 64  # masks of one request with their logits: 128 KB each
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,17 @@ class Service:
         self.decoders = dict(zip(names, handles[1::2], strict=True))
         self.store = EmbeddingStore(settings)
         self.infos: dict[str, ModelInfo] = {}
+        self.decoding, self.reading = CapacityLimiter(DECODES_AT_ONCE), CapacityLimiter(READS_AT_ONCE)
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """What is done within takes no longer than the limit. Raises DeadlineExceeded; what was asked of replicas is
+        given up."""
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                yield
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer within {self.limits.request_timeout_s:g} s") from error
 
     async def models(self) -> list[ModelInfo]:
         """As they are now: decoders can change while the app runs."""
@@ -80,12 +97,12 @@ class Service:
             InvalidImage and its kinds, NotFound, Unavailable, DeadlineExceeded
         """
         info = await self.info(model)
-        image_id = contract.image_id(data)
+        image_id = await self._thread(contract.image_id, data)
         embedding_id = contract.embedding_id(image_id, info.encoder_sha256, info.dtype)
         known = self.store.recall(embedding_id)
         if known:
             return known
-        image: ModelImage = await self._decode(self._prepare, data, info.image_size)
+        image: ModelImage = await self._decode(preprocess.prepare, data, info.image_size, self.limits.image_pixels)
         (array,) = await self._call(self.encoders[info.name].encode.remote([image.pixels]))
         embedding = Embedding(
             embedding_id=embedding_id,
@@ -99,21 +116,31 @@ class Service:
         self.store.put(embedding)
         return embedding
 
-    def _prepare(self, data: bytes, image_size: int) -> ModelImage:
-        return preprocess.prepare(data, image_size, self.limits.image_pixels)
+    async def embed_many(self, images: Sequence[bytes], model: str | None) -> list[Embedding | CellrayError]:
+        """In their order; one that fails has its error there. Raises NotFound."""
+        await self.info(model)
+        turn = asyncio.Semaphore(EMBEDS_AT_ONCE)
+
+        async def one(data: bytes) -> Embedding | CellrayError:
+            async with turn:
+                try:
+                    return await self.embed(data, model)
+                except CellrayError as error:
+                    return error
+
+        return await asyncio.gather(*map(one, images))
 
     async def _decode(self, call: Callable[..., Result], *arguments: object) -> Result:
-        """In a thread, and within the deadline. A decoder that never ends is ended with this replica, in the end."""
+        """In a thread. A decoder that never ends is ended with this replica, in the end."""
 
         def watched() -> Result:
             with watch.ending():
                 return call(*arguments)
 
-        try:
-            async with asyncio.timeout(self.limits.request_timeout_s):
-                return await anyio.to_thread.run_sync(watched, abandon_on_cancel=True)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"the image was not read within {self.limits.request_timeout_s:g} s") from error
+        return await to_thread.run_sync(watched, abandon_on_cancel=True, limiter=self.decoding)
+
+    async def _thread(self, call: Callable[..., Result], *arguments: object) -> Result:
+        return await to_thread.run_sync(call, *arguments, abandon_on_cancel=True, limiter=self.reading)
 
     async def stored(self, what: Stored, model: str | None) -> tuple[Embedding, ModelInfo]:
         """An embedding made before and the model to decode it with: the one named, or the first whose encoder made it.
@@ -121,8 +148,8 @@ class Service:
         Raises:
             NotFound: there is none, or none of the served models has its encoder.
         """
-        infos = [await self.info(name) for name in ([model] if model else self.names)]
-        found = await anyio.to_thread.run_sync(self._stored, what, infos)
+        infos = [await self.info(model)] if model else await self._infos()
+        found = await self._thread(self._stored, what, infos)
         for info in infos:
             if info.encoder_sha256 == found.encoder_sha256:
                 return found, info
@@ -133,19 +160,45 @@ class Service:
         if what.embedding_id:
             return self.store.get(what.embedding_id)
         if what.image_id:
-            made = product(infos, get_args(ComputeDtype), contract.DTYPES)
-            return self.store.get(
-                *(contract.embedding_id(what.image_id, info.encoder_sha256, dtype, kept) for info, dtype, kept in made)
-            )
+            return self.store.get(*_made(what.image_id, infos))
         encoders = [info.encoder_sha256 for info in infos]
         return self.store.of_image(what.image_uri or "", what.part, encoders)
 
-    async def segment(self, embedding: Embedding, model: str, prompts: Prompts, multimask: bool) -> MaskSet:
-        """Raises InvalidPrompt, InvalidEmbedding, Unavailable, DeadlineExceeded."""
+    async def images(self, after: str, most: int) -> tuple[list[Facts], str]:
+        """As `EmbeddingStore.images`, of all served models."""
+        encoders = [info.encoder_sha256 for info in await self._infos()]
+        return await self._thread(self.store.images, encoders, after, most)
+
+    async def pixels(self, image_id: str) -> np.ndarray:
+        """An image of the data sets, read from where it was embedded → [height, width, 3] uint8.
+
+        Raises:
+            NotFound: it is in no data set, or not whole, or no longer there.
+            Conflict: its file is another one now.
+        """
+        facts = await self._thread(self.store.facts, *_made(image_id, await self._infos()))
+        if facts["part"]:
+            raise NotFound(f"{facts['image_uri']} is there in parts ({facts['part']}); only whole images are shown")
+        data = await self._thread(self.store.storage.read, facts["image_uri"], self.limits.image_bytes)
+        if await self._thread(contract.image_id, data) != image_id:
+            raise Conflict(f"{facts['image_uri']} is not what was embedded any more")
+        return await self._decode(preprocess.decode, data, self.limits.image_pixels)
+
+    async def decoder_onnx(self, model: str) -> bytes:
+        """As segment_anything exports it; `serve_app.model.onnx` names its inputs. Raises NotFound, InvalidSettings."""
+        return await self._call(self.decoders[(await self.info(model)).name].onnx.remote())
+
+    async def _infos(self) -> list[ModelInfo]:
+        return [await self.info(name) for name in self.names]
+
+    async def segment(self, request: DecodeRequest, model: str) -> MaskSet:
+        """Raises InvalidPrompt, InvalidEmbedding, Unavailable."""
+        prompts, outputs = request.prompts, 3 if request.multimask else 1
         if len(prompts) > self.limits.prompts:
             raise InvalidPrompt(f"{len(prompts)} prompts for one image; the limit is {self.limits.prompts}")
-        prompts.check(embedding.original)
-        request = DecodeRequest(embedding.array, embedding.original, prompts, multimask)
+        if request.logits and len(prompts) * outputs > LOGITS:
+            raise InvalidPrompt(f"logits of {len(prompts) * outputs} masks; the limit is {LOGITS} in one request")
+        prompts.check(request.original)
         (found,) = await self._call(self.decoders[model].segment.remote([request]))
         return _value(found)
 
@@ -179,13 +232,17 @@ class Service:
             await self._call(handle.info.remote())
 
     async def _call(self, response: Any) -> Any:
-        """A replica's answer within the deadline; Ray's errors become ours."""
+        """A replica's answer; Ray's errors become ours."""
         try:
-            return await asyncio.wait_for(response, self.limits.request_timeout_s)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"no answer within {self.limits.request_timeout_s:g} s") from error
+            return await response
         except Exception as error:
             raise foreign(error) from error
+
+
+def _made(image_id: str, infos: Sequence[ModelInfo]) -> list[str]:
+    """The embeddings that there may be of an image."""
+    kinds = product(infos, get_args(ComputeDtype), contract.DTYPES)
+    return [contract.embedding_id(image_id, info.encoder_sha256, dtype, kept) for info, dtype, kept in kinds]
 
 
 def foreign(error: Exception) -> CellrayError:

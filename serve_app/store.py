@@ -9,8 +9,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from cluster.errors import CellrayError, NotFound
+from cluster.errors import CellrayError, InvalidInput, NotFound
 from cluster.settings import Settings
 from cluster.storage import Storage
 from serve_app import dataset
@@ -21,7 +22,11 @@ log = logging.getLogger("ray.serve")
 
 REFRESH_S = 10.0  # how often it may look for new shards,
 REFRESH_SHARE = 0.1  # and which share of the time it may spend on that
+FILES_A_PAGE = 16  # of a listing
 NAMES_KEPT = 100_000  # images whose embedding's id is remembered
+
+
+Facts = dict[str, Any]  # dataset.FACTS of a row
 
 
 class EmbeddingStore:
@@ -103,16 +108,59 @@ class EmbeddingStore:
             "send the image instead"
         )
 
+    def facts(self, *embedding_ids: str) -> Facts:
+        """What is known of the first of these that there is, without reading the embedding. Raises NotFound."""
+        for _ in self._looks():
+            for index in self.indexes:
+                for embedding_id in embedding_ids:
+                    for place in index.by_id(embedding_id):
+                        with self._moving():
+                            (facts,) = dataset.facts(self.storage, place.uri, [place.row])
+                            if facts["embedding_id"] == embedding_id:
+                                return facts
+        raise NotFound(f"no such image in the data sets ({self._places})")
+
+    def images(self, encoders: Sequence[str], after: str, most: int) -> tuple[list[Facts], str]:
+        """Images of the data sets by these encoders, `most` or, where other encoders' lie between, fewer; and the
+        cursor after which the next ones come: empty at the end.
+
+        Raises:
+            InvalidInput: `after` is no cursor.
+        """
+        self._refresh_behind() if after else self._refresh()
+        which, path, row = _cursor(after)
+        found: list[Facts] = []
+        for _ in range(FILES_A_PAGE):
+            if which >= len(self.indexes):
+                return found, ""
+            index = self.indexes[which]
+            places = index.after(path, row, most - len(found))
+            if not places:
+                which, path, row = which + 1, "", -1
+                continue
+            path, row = places[-1].uri.removeprefix(index.uri).lstrip("/"), places[-1].row
+            with self._moving():
+                read = dataset.facts(self.storage, places[0].uri, [place.row for place in places])
+                generation = places[0].generation
+                found += [
+                    one
+                    for one in read
+                    if one["encoder_sha256"] in encoders and index.stands(one["image_uri"], generation)
+                ]
+            if len(found) == most:
+                break
+        return found, f"{which}:{row}:{path}"
+
     @property
     def _places(self) -> str:
         return ", ".join(index.uri for index in self.indexes) or "none are configured"
 
-    def _rows(self, image_uri: str, encoders: Sequence[str]) -> Iterator[tuple[Place, dict[str, str]]]:
+    def _rows(self, image_uri: str, encoders: Sequence[str]) -> Iterator[tuple[Place, Facts]]:
         """Where an image's embeddings are, and what they are of."""
         for index in self.indexes:
             for place in index.by_image(image_uri):
                 with self._moving():
-                    facts = dataset.facts(self.storage, place.uri, place.row)
+                    (facts,) = dataset.facts(self.storage, place.uri, [place.row])
                     if facts["image_uri"] == image_uri and facts["encoder_sha256"] in encoders:
                         yield place, facts
 
@@ -168,3 +216,12 @@ class EmbeddingStore:
         """What is asked for by name may have a newer embedding; nobody waits for that."""
         if time.monotonic() >= self.next_refresh and not self.refreshing.locked():
             threading.Thread(target=self._refresh, daemon=True).start()
+
+
+def _cursor(text: str) -> tuple[int, str, int]:
+    """(index, file, row) after which to go on."""
+    try:
+        which, row, path = text.split(":", 2) if text else ("0", "-1", "")
+        return max(0, int(which)), path, max(-1, int(row))
+    except ValueError as error:
+        raise InvalidInput(f"{text!r} is no cursor: expected the `next` of an earlier answer") from error

@@ -109,22 +109,22 @@ def test_crops_of_stored_embeddings_are_refused_before_any_work(
 
 
 def test_the_service_looks_at_crops(app: App, path: Path, expected: MaskSet) -> None:
-    body = {"grid": 2, **OPTIONS}
+    body = {"points_per_side": 2, **OPTIONS}
     image = {"image": (path.name, path.read_bytes())}
     with httpx.Client(base_url=app.http, timeout=60) as http:
-        answer = http.post("/v1/segment", files=image, data={"request": json.dumps(body)})
+        answer = http.post("/v1/automask", files=image, data={"request": json.dumps(body)})
         assert answer.status_code == 200, answer.text
         assert_same([one["segmentation"]["counts"] for one in answer.json()["masks"]], expected)
 
-        by_id = http.post("/v1/segment", json={**body, "embedding_id": answer.json()["embedding_id"]})
+        by_id = http.post("/v1/automask", json={**body, "embedding_id": answer.json()["embedding_id"]})
         assert by_id.status_code == 400
         assert "crop_n_layers needs the image itself" in by_id.json()["error"]
         for wrong, status, says in (
             ({"crop_n_layers": 9}, 400, "crop_n_layers is 9; expected 0 to 3"),
             ({"box_nms_thresh": float("nan")}, 400, "box_nms_thresh is nan"),
-            ({"grid": None}, 422, "goes with grid"),
+            ({"points_per_side": 0}, 400, "points_per_side is 0"),
         ):
             text = json.dumps({**body, **wrong})
-            refused = http.post("/v1/segment", files=image, data={"request": text})
+            refused = http.post("/v1/automask", files=image, data={"request": text})
             assert refused.status_code == status, refused.text
             assert says in refused.json()["error"]

@@ -49,7 +49,7 @@ def test_an_image_becomes_an_embedding_and_masks(cellray: Client, coins: Path) -
 
 
 def test_nothing_found_is_no_mask(cellray: Client, coins: Path) -> None:
-    found = cellray.segment(coins, grid=1, pred_iou_thresh=1e9)
+    found = cellray.automask(coins, points_per_side=1, pred_iou_thresh=1e9)
     assert (len(found), found.masks().shape[0], found.found.boxes.shape) == (0, 0, (0, 4))
 
 

@@ -104,7 +104,7 @@ def test_segments_as_the_model_does(
 
 
 def test_finds_everything_on_a_grid(http: httpx.Client, image: bytes) -> None:
-    answer = http.post("/v1/segment", files={"image": ("c.png", image)}, data={"request": '{"grid": 2}'})
+    answer = http.post("/v1/automask", files={"image": ("c.png", image)}, data={"request": '{"points_per_side": 2}'})
     assert answer.status_code == 200
     assert isinstance(answer.json()["masks"], list)
 
@@ -119,8 +119,10 @@ SEGMENT_ERRORS = [
     ({"points": [[[1, 1]]], "labels": [[1, 1]]}, 422, "InvalidPrompt", "same shape"),
     ({"labels": [[1]]}, 422, "InvalidPrompt", "labels without points"),
     ({}, 422, "InvalidPrompt", "no prompt"),
-    ({"grid": 4, "boxes": [[1, 1, 2, 2]]}, 422, "InvalidPrompt", "excludes"),
-    ({"grid": 1000}, 400, "InvalidInput", "expected 1 to"),
+    ({"masks": [{"shape": [2, 2], "data": "AAAA"}]}, 422, "InvalidPrompt", "not base64 of (2, 2)"),
+    ({"masks": [{"shape": [1, 1], "data": "AAA="}]}, 422, "InvalidPrompt", "masks must be [N, 128, 128]"),
+    ({"masks": [{"shape": [-1, 1], "data": "AAA="}, {"shape": [1, 2], "data": "AAAAAA=="}]}, 422, "InvalidPrompt", ""),
+    ({"boxes": [[1, 1, 2, 2]] * 65, "logits": True}, 422, "InvalidPrompt", "logits of 65 masks"),
     ({"boxs": []}, 422, "InvalidPrompt", "boxs"),
     ({"boxes": [[1, 1, 2, 2]], "model": "nope"}, 404, "NotFound", "'nope' is not served"),
     ({"boxes": [[1, 1, 2, 2]] * 5000}, 422, "InvalidPrompt", "5000 prompts"),

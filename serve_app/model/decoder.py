@@ -236,7 +236,7 @@ def segment(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[MaskSet
             parts[which].append(to_masks(decoder, request, logits.flatten(0, 1), scores.flatten(), index))
     channels = decoder.card.architecture.channels
     return [
-        error or MaskSet.join(request.original, found, channels)
+        error or MaskSet.join(found[0].size if found else request.original, found, channels)
         for request, found, error in zip(requests, parts, errors, strict=True)
     ]
 
@@ -291,13 +291,17 @@ def to_masks(
     decoder: Decoder, request: DecodeRequest, logits: torch.Tensor, scores: torch.Tensor, prompt_index: np.ndarray
 ) -> MaskSet:
     """[N, 4g, 4g] logits and [N] predicted IoU → masks at original resolution, as segment_anything's
-    `postprocess_masks` makes them."""
+    `postprocess_masks` makes them; or at that of the logits, without their padding."""
     sizes = decoder.card.architecture
-    full = upscale(logits, request.original, sizes.image_size)
+    if request.low_resolution:
+        full = unpadded(logits, request.original, sizes.image_size)
+    else:
+        full = upscale(logits, request.original, sizes.image_size)
+    height, width = full.shape[1:]
     counts = masks.encode((full > MASK_THRESHOLD).cpu().numpy())
-    areas, boxes = masks.areas_and_boxes(counts, request.original)
+    areas, boxes = masks.areas_and_boxes(counts, (height, width))
     return MaskSet(
-        size=request.original,
+        size=(height, width),
         counts=counts,
         boxes=boxes,
         areas=areas,
@@ -305,6 +309,7 @@ def to_masks(
         stability=stability(full).cpu().numpy(),
         prompt_index=prompt_index,
         object_embeddings=_object_embeddings(request, logits, sizes),
+        logits=logits.half().cpu().numpy() if request.logits else None,
     )
 
 
@@ -332,6 +337,13 @@ def upscale(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tens
     return functional.interpolate(inner, original, mode="bilinear", align_corners=False)[0]
 
 
+def unpadded(logits: torch.Tensor, original: Size, image_size: int) -> torch.Tensor:
+    """[N, 4g, 4g] logits of the padded input → [N, h, w] of those that hold image."""
+    pixels = image_size // logits.shape[-1]
+    height, width = (-(-side // pixels) for side in preprocess.input_size(original, image_size))
+    return logits[..., :height, :width]
+
+
 def _tensor(embedding: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(embedding), dtype=torch.float32, device=device)
 
@@ -339,11 +351,9 @@ def _tensor(embedding: np.ndarray, device: torch.device | str) -> torch.Tensor:
 def _object_embeddings(request: DecodeRequest, logits: torch.Tensor, sizes: checkpoint.Architecture) -> np.ndarray:
     """[N, C] float32: the embedding's tokens weighed by the share of each that the mask covers, without padding."""
     embedding = _tensor(request.embedding, logits.device)
-    height, width = preprocess.input_size(request.original, sizes.image_size)
-    side = sizes.image_size // logits.shape[-1]  # input pixels a logit
-    covered = (logits > MASK_THRESHOLD).float()
-    covered[:, -(-height // side) :] = 0
-    covered[:, :, -(-width // side) :] = 0
+    covered = torch.zeros_like(logits, dtype=torch.float32)
+    held = unpadded(logits, request.original, sizes.image_size)
+    covered[:, : held.shape[1], : held.shape[2]] = held > MASK_THRESHOLD
     share = functional.avg_pool2d(covered[:, None], logits.shape[-1] // sizes.grid)[:, 0].flatten(1)
     sums = share @ embedding.flatten(1).T
     return (sums / share.sum(1, keepdim=True).clamp(min=1e-6)).cpu().numpy()

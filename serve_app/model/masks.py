@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ class MaskSet:
     predicted_iou, stability: [N] float32.
     prompt_index: [N] int32, which prompt each mask answers.
     object_embeddings: [N, C] float32, the mean image embedding under each mask; zeros for an empty one.
+    logits: [N, 4g, 4g] float16 of the padded input, where they were asked for.
     """
 
     size: Size
@@ -35,6 +37,7 @@ class MaskSet:
     stability: np.ndarray
     prompt_index: np.ndarray
     object_embeddings: np.ndarray
+    logits: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -42,7 +45,8 @@ class MaskSet:
     def take(self, indices: np.ndarray) -> MaskSet:
         columns: dict[str, Any] = {}
         for field in fields(self)[2:]:
-            columns[field.name] = getattr(self, field.name)[indices]
+            column = getattr(self, field.name)
+            columns[field.name] = None if column is None else column[indices]
         return MaskSet(self.size, [self.counts[i] for i in indices], **columns)
 
     def decode(self) -> np.ndarray:
@@ -57,7 +61,8 @@ class MaskSet:
             empty = np.zeros((0, channels), np.float32)
             return cls(size, [], np.zeros((0, 4), np.float32), np.zeros(0, np.int64), flat, flat,
                        np.zeros(0, np.int32), empty)  # fmt: skip
-        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)[2:]}
+        names = [f.name for f in fields(cls)[2:] if getattr(parts[0], f.name) is not None]
+        columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return cls(size, [counts for part in parts for counts in part.counts], **columns)
 
 
@@ -78,6 +83,15 @@ def decode(counts: list[str], size: Size) -> np.ndarray:
     if not counts:
         return np.zeros((0, *size), bool)
     return coco.decode(_checked(counts, size)).transpose(2, 0, 1).astype(bool)
+
+
+def label_map(counts: list[str], areas: Sequence[int], labels: Sequence[int], size: Size) -> np.ndarray:
+    """[height, width] uint16, or uint32 from label 65,536 on: the label of the smallest mask at each pixel, and 0."""
+    plane = np.zeros(size, np.uint16 if max(labels, default=0) < 1 << 16 else np.uint32)
+    for index in sorted(range(len(counts)), key=lambda index: -areas[index]):
+        (mask,) = decode([counts[index]], size)
+        plane[mask] = labels[index]
+    return plane
 
 
 def areas_and_boxes(counts: list[str], size: Size) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,11 @@ def check(out: Path, overwrite: bool) -> None:
         raise InvalidInput(f"{out} is a folder; expected the name of a file to write")
     if out.exists() and not overwrite:
         raise InvalidInput(f"{out} exists; give --overwrite to replace it")
+    check_packages()
+
+
+def check_packages() -> None:
+    """Raises InvalidSettings."""
     absent = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if absent:
         raise InvalidSettings(f"ONNX files need {' and '.join(absent)}: pip install 'cellray[onnx]'")
@@ -50,6 +55,15 @@ def export(folder: Path, out: Path, name: str) -> dict[str, str]:
     Raises:
         InvalidCheckpoint: the folder holds no split model, or one without a decoder.
     """
+    data, metadata = exported(folder, name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(out, data)
+    return metadata
+
+
+def exported(folder: Path, name: str) -> tuple[bytes, dict[str, str]]:
+    """The file, and its metadata. Raises as `export`, and as `check_packages`."""
+    check_packages()
     decoder = ReferenceDecoder(folder, "cpu")
     program = _program(decoder)
     metadata = {
@@ -59,9 +73,7 @@ def export(folder: Path, out: Path, name: str) -> dict[str, str]:
         "trained": str(decoder.card.trained).lower(),
     }
     program.model.metadata_props.update(metadata)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(out, program.model_proto.SerializeToString())
-    return metadata
+    return program.model_proto.SerializeToString(), metadata
 
 
 def _program(decoder: ReferenceDecoder) -> Any:

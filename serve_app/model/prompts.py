@@ -87,12 +87,15 @@ class Prompts:
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
     """One image's prompts. `embedding` [256, g, g] float16 or float32; `original` (height, width) in pixels.
-    `multimask` asks for three masks a prompt (whole, part, subpart) rather than one."""
+    `multimask` asks for three masks a prompt (whole, part, subpart) rather than one; `low_resolution` for masks as the
+    decoder makes them, not enlarged; `logits` for what `Prompts.masks` takes, too."""
 
     embedding: np.ndarray
     original: Size
     prompts: Prompts
     multimask: bool = False
+    low_resolution: bool = False
+    logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)

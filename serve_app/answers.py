@@ -1,0 +1,202 @@
+"""What goes out by HTTP: embeddings as bytes or npz; masks as JSON, PNG or a label map; errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from cluster.errors import CellrayError, InvalidInput
+from serve_app.bodies import RAW, Logits
+from serve_app.contract import Embedding, ModelInfo, packed
+from serve_app.model import masks
+from serve_app.model.masks import MaskSet
+
+NPZ, PNG = "application/x-npz", "image/png"
+RETRY_AFTER_S = 2
+FOREVER = {"cache-control": "private, max-age=31536000, immutable", "vary": "accept"}
+
+
+class Rle(BaseModel):
+    size: tuple[int, int] = Field(description="height, width")
+    counts: str = Field(description="COCO compressed run lengths, column-major")
+
+
+class Mask(BaseModel):
+    segmentation: Rle | None = Field(description="with encoding rle")
+    png: str | None = Field(None, description="with encoding png: 8-bit grey, 0 and 255, in base64")
+    bbox: tuple[float, float, float, float] = Field(description="x, y, width, height around the mask")
+    area: int = Field(description="pixels")
+    predicted_iou: float
+    stability_score: float
+    prompt_index: int = Field(description="which prompt it answers")
+    logits: Logits | None = Field(None, description="where they were asked for")
+
+
+class MasksAnswer(BaseModel):
+    model: str
+    trained: bool
+    embedding_id: str
+    image_id: str
+    width: int = Field(description="of the image")
+    height: int
+    masks: list[Mask]
+
+
+class ErrorBody(BaseModel):
+    error: str
+    error_type: str
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 404, 413, 415, 422, 500, 503, 504)
+}
+EMBEDDING_ANSWERS = {**ERRORS, 200: {"content": {RAW: _BINARY, NPZ: _BINARY}}}
+MASKS_ANSWERS = {
+    **ERRORS,
+    200: {"model": MasksAnswer, "content": {PNG: _BINARY, RAW: _BINARY}, "description": "JSON, or a label map"},
+}
+
+
+def embedding(found: Embedding, info: ModelInfo, accept: str, pooled: bool = False) -> Response:
+    """One embedding; with `pooled` no more than its mean over the image."""
+    facts = _facts(found, info)
+    array = found.pooled(info.patch) if pooled else found.array
+    facts |= {"dtype": array.dtype.name, "shape": ",".join(map(str, array.shape))}
+    headers = {f"x-{name}": value for name, value in facts.items()}
+    headers["etag"] = tag(found.embedding_id, accept, pooled)
+    if NPZ in accept:
+        columns = {name.replace("-", "_"): np.array(value) for name, value in facts.items()}
+        return Response(_npz({"pooled" if pooled else "embedding": array, **columns}), media_type=NPZ, headers=headers)
+    return Response(array.astype(array.dtype.newbyteorder("<")).tobytes(), media_type=RAW, headers=headers)
+
+
+def embeddings(
+    found: Sequence[tuple[str, Embedding | CellrayError]], info: ModelInfo, accept: str, pooled: bool
+) -> Response:
+    """Several images' embeddings by their files' names, as one npz with a row each: one that failed has its error, and
+    zeros.
+
+    Raises:
+        InvalidInput: another format was asked for.
+    """
+    if NPZ not in accept and accept not in ("", "*/*"):
+        raise InvalidInput(f"several images are answered as {NPZ}; found Accept: {accept}")
+    good = [one for _, one in found if isinstance(one, Embedding)]
+    shape = (info.channels,) if pooled else info.embedding_shape
+    array = np.zeros((len(found), *shape), np.float32 if pooled or not good else good[0].array.dtype)
+    rows = []
+    for row, (name, one) in zip(array, found, strict=True):
+        facts = {"filename": name, "error": "", "error_type": "", "embedding_id": "", "image_id": ""}
+        sizes = {"original_size": (0, 0), "input_size": (0, 0)}
+        if isinstance(one, Embedding):
+            row[:] = one.pooled(info.patch) if pooled else one.array
+            facts |= {"embedding_id": one.embedding_id, "image_id": one.image_id}
+            sizes = {"original_size": one.original, "input_size": one.input}
+        else:
+            facts |= {"error": str(one), "error_type": type(one).__name__}
+        rows.append({**facts, **sizes})
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    made = {"model": info.name, "encoder_sha256": info.encoder_sha256, "preprocess": info.preprocess}
+    columns |= {name: np.array(value) for name, value in made.items()}
+    return Response(_npz({"pooled" if pooled else "embedding": array, **columns}), media_type=NPZ)
+
+
+def _facts(found: Embedding, info: ModelInfo) -> dict[str, str]:
+    return {
+        "embedding-id": found.embedding_id,
+        "image-id": found.image_id,
+        "model": info.name,
+        "encoder-sha256": info.encoder_sha256,
+        "trained": str(info.trained).lower(),
+        "preprocess": info.preprocess,
+        "original-size": ",".join(map(str, found.original)),
+        "input-size": ",".join(map(str, found.input)),
+    }
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def tag(embedding_id: str, accept: str, pooled: bool = False) -> str:
+    return f'"{embedding_id}{".pooled" if pooled else ""}{".npz" if NPZ in accept else ""}"'
+
+
+def segmentation(
+    found: MaskSet, embedding: Embedding, info: ModelInfo, accept: str, encoding: str, by_prompt: bool
+) -> Response:
+    """Masks in the format that `accept` asks for: JSON, or a label map as PNG or as raw uint16.
+
+    In a label map object i is i + 1: of a prompt (`by_prompt`) its best mask, or the i-th mask; the smaller lie on top.
+    """
+    if PNG in accept or RAW in accept:
+        return _label_map(found, info, PNG in accept, by_prompt)
+    height, width = embedding.original
+    answer = {
+        "model": info.name,
+        "trained": info.trained,
+        "embedding_id": embedding.embedding_id,
+        "image_id": embedding.image_id,
+        "width": width,
+        "height": height,
+        "masks": [_mask(found, index, encoding) for index in range(len(found))],
+    }
+    return JSONResponse(answer)
+
+
+def _mask(found: MaskSet, index: int, encoding: str) -> dict[str, Any]:
+    mask: dict[str, Any] = {
+        "bbox": found.boxes[index].tolist(),
+        "area": int(found.areas[index]),
+        "predicted_iou": float(found.predicted_iou[index]),
+        "stability_score": float(found.stability[index]),
+        "prompt_index": int(found.prompt_index[index]),
+    }
+    if encoding == "png":
+        (plane,) = masks.decode([found.counts[index]], found.size)
+        mask["png"] = base64.b64encode(_png(plane.astype(np.uint8) * 255)).decode()
+    else:
+        mask["segmentation"] = {"size": found.size, "counts": found.counts[index]}
+    if found.logits is not None:
+        mask["logits"] = packed(found.logits[index])
+    return mask
+
+
+def _label_map(found: MaskSet, info: ModelInfo, png: bool, by_prompt: bool) -> Response:
+    rows = np.arange(len(found))
+    if by_prompt:
+        order = np.lexsort((-found.predicted_iou, found.prompt_index))  # each prompt's best first
+        rows = order[np.unique(found.prompt_index[order], return_index=True)[1]]
+    kept = found.take(rows)
+    labels = (kept.prompt_index if by_prompt else rows) + 1
+    plane = masks.label_map(kept.counts, kept.areas.tolist(), labels.tolist(), found.size)
+    if plane.dtype != np.uint16:
+        raise InvalidInput(f"{len(found)} masks do not fit a label map of uint16; ask for JSON")
+    headers = {"x-model": info.name, "x-trained": str(info.trained).lower(), "x-dtype": "uint16"}
+    headers["x-shape"] = ",".join(map(str, plane.shape))
+    if png:
+        return Response(_png(plane), media_type=PNG, headers=headers)
+    return Response(plane.astype("<u2").tobytes(), media_type=RAW, headers=headers)
+
+
+def _png(plane: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(plane).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def error(error: CellrayError) -> JSONResponse:
+    headers = {"retry-after": str(RETRY_AFTER_S)} if error.retry else {}
+    body = {"error": str(error), "error_type": type(error).__name__}
+    return JSONResponse(body, status_code=error.http_status, headers=headers)
