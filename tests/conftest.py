@@ -26,13 +26,14 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 
 @dataclass(frozen=True)
 class App:
-    """The running app: its URLs, the settings file it reads, the S3 server, and a data set that the settings name."""
+    """The running app: its URLs, the settings file it reads, the S3 server, and two data sets of the settings."""
 
     http: str
     dashboard: str
     config: str
     endpoint: str
     dataset: str
+    shown: str
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +50,10 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
 
     folder = tmp_path_factory.mktemp("app")
     with server(folder) as endpoint:
-        dataset = str(folder / "dataset")
+        dataset, shown = str(folder / "dataset"), str(folder / "shown")
         settings = {
             "storage": {"endpoint_url": endpoint, "attempts": 2},
-            "datasets": [dataset],
+            "datasets": [dataset, shown],
             "limits": {"image_bytes": 8 << 20},
         }
         config = folder / "cellray.yaml"
@@ -62,4 +63,13 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
         with session.local(serve_config, print) as started:
             # Ray has put handlers of its own in the place of pytest's, and what they write is captured and lost.
             faulthandler.enable(pytestconfig.stash[fault_handler_stderr_fd_key])
-            yield App(started.http, started.dashboard, str(config), endpoint, dataset)
+            yield App(started.http, started.dashboard, str(config), endpoint, dataset, shown)
+
+
+@pytest.fixture(scope="session")
+def shown(app: App, sample_images: Path) -> str:
+    """The data set `app.shown`, with embeddings of the sample images whose size is no trap."""
+    from jobs import embed
+
+    assert embed.main([str(sample_images / "*.png"), app.shown, "--model", "nano", "--config", app.config]) == 0
+    return app.shown

@@ -188,6 +188,6 @@ def test_refuses_a_body_over_the_limit(app: App, http: httpx.Client, image: byte
 
 
 def test_settings_reach_the_replicas(app: App, http: httpx.Client) -> None:
-    assert yaml.safe_load(Path(app.config).read_text())["datasets"] == [app.dataset]
+    assert yaml.safe_load(Path(app.config).read_text())["datasets"] == [app.dataset, app.shown]
     answer = http.post("/v1/segment", json={"embedding_id": "0" * 64, "boxes": [[1, 1, 2, 2]]})
     assert app.dataset in answer.json()["error"]
