@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from jobs import client
+
     made = argparse.ArgumentParser(
         prog="cellray",
         description="Segment Anything embeddings and masks for millions of images, on Ray.",
@@ -192,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     for one in (serve, demo):
         one.add_argument("--serve-config", type=Path, default=DEFAULT_SERVE_CONFIG, help="(default: %(default)s)")
     demo.add_argument("--to", type=Path, default=Path("demo"), help="folder to fill (default: %(default)s)")
+    client.add_arguments(command("client", client.run, "ask a running service", client.ABOUT, client.EXAMPLES))
     for one in (extract, onnx, gate, show, verify, compact, export, demo):
         one.add_argument("--config", help="settings YAML")
     return made

@@ -8,6 +8,7 @@
         answer.masks()  # [1, height, width] bool
 
 `AsyncClient` has the same methods, to be awaited. Errors are those of `cluster.errors`, as the service raised them.
+Inside a cluster `Client("serve://cellray")` calls the app's replicas by Serve's handles: no proxy between, and no key.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ IN_FLIGHT = 8  # images
 BACKOFF_S = 0.5
 MOST_ATTEMPTS = 8
 BUSY = (429, 503)
+SERVE = "serve://"
 
 Image = str | os.PathLike[str] | bytes  # a file's path, or its bytes
 
@@ -66,12 +68,22 @@ class AsyncClient:
 
     A call that finds the service busy, away or unreachable is tried again, as it says when (Retry-After) or after a
     growing pause, until `timeout_s` have passed.
+
+    url: `http://…`, `https://…`, or `serve://APP` for an app of the cluster that this program runs in.
+    key: what the service knows its caller by, where it asks for one.
     """
 
-    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, in_flight: int = IN_FLIGHT) -> None:
-        self.url, self.timeout_s, self.in_flight = url, timeout_s, in_flight
-        limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
-        self.http = httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits)
+    def __init__(
+        self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S, in_flight: int = IN_FLIGHT
+    ) -> None:
+        self.url, self.timeout_s, self.in_flight = url.rstrip("/"), timeout_s, in_flight
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.AsyncClient(
+            base_url=url.replace(SERVE, "http://"),
+            timeout=timeout_s,
+            headers=headers,
+            transport=_transport(url, in_flight),
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,10 +183,12 @@ class AsyncClient:
 class Client:
     """`AsyncClient` for programs that do not await. Use it in a `with`, or `close` it; threads may share it."""
 
-    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(
+        self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S, in_flight: int = IN_FLIGHT
+    ) -> None:
         self._context: AbstractContextManager[BlockingPortal] = start_blocking_portal()
         self._portal = self._context.__enter__()
-        self._client = self._portal.call(AsyncClient, url, timeout_s, in_flight)
+        self._client = self._portal.call(AsyncClient, url, key, timeout_s, in_flight)
 
     def __enter__(self) -> Self:
         return self
@@ -217,6 +231,15 @@ class Client:
     def automask(self, image: Image | None = None, **request: Any) -> Masks:
         """As `AsyncClient.automask`."""
         return self._portal.call(partial(self._client.automask, image, **request))
+
+
+def _transport(url: str, connections: int) -> httpx.AsyncBaseTransport:
+    if url.startswith(SERVE):
+        from serve_app.handle import HandleTransport
+
+        return HandleTransport(url.removeprefix(SERVE).strip("/"))
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx.AsyncHTTPTransport(limits=limits)
 
 
 def _bytes(image: Image) -> bytes:

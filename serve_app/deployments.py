@@ -28,7 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster import memory
 from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
 from cluster.settings import Frozen, Settings, WeightsSettings
-from serve_app import ingress, models
+from serve_app import handle, ingress, models
 from serve_app.contract import DTYPE, ModelInfo
 from serve_app.model import automask, checkpoint, decoder, encoder, onnx
 from serve_app.model.masks import MaskSet
@@ -256,9 +256,14 @@ class IngressReplica:
 
     def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle) -> None:
         self.service = Service(settings, names, handles)
+        self.inner = ingress.create_app(self.service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return ingress.create_app(self.service)
+
+    async def http(self, method: str, url: str, headers: list[tuple[bytes, bytes]], body: bytes) -> handle.Answer:
+        """For callers inside the cluster: the same application, by Serve's handle."""
+        return await handle.answer(self.inner, method, url, headers, body)
 
 
 def deployment(replica: Callable[..., Any], name: str) -> serve.Deployment:

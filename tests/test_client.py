@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from cluster.errors import DeadlineExceeded, InvalidImage, InvalidInput, InvalidPrompt, NotFound, Unavailable
+from jobs import cli
 from serve_app import client
 from serve_app.client import AsyncClient, Client
+from serve_app.model.masks import decode
 from tests.conftest import App
 
 
@@ -158,3 +161,52 @@ def test_the_same_awaited(server: tuple[str, list[Any]]) -> None:
             return await asyncio.gather(made.models(), made.models())
 
     assert asyncio.run(both()) == [[], []]
+
+
+def test_the_same_by_serves_handle(app: App, coins: Path, cellray: Client) -> None:
+    with Client("serve://cellray") as made:
+        found = made.embed(coins)
+        same = cellray.embedding(found.embedding_id)
+        np.testing.assert_array_equal(found.array, same.array)
+        masks = made.segment(embedding_id=found.embedding_id, boxes=[[20, 30, 120, 130]])
+        again = cellray.segment(embedding_id=found.embedding_id, boxes=[[20, 30, 120, 130]])
+        assert masks.found.counts == again.found.counts
+        with pytest.raises(InvalidPrompt, match="leaves the image"):
+            made.segment(embedding_id=found.embedding_id, boxes=[[20, 30, 12000, 130]])
+    with pytest.raises(NotFound, match="'nowhere' is not deployed"):
+        Client("serve://nowhere")
+
+
+def test_from_the_shell(app: App, coins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service = ["client", "--url", app.http]
+    bad = coins.parent / "broken" / "not_an_image.png"
+    assert cli.main([*service, "models"]) == 0
+    assert capsys.readouterr().out.startswith("nano\t256 px\tApache-2.0\ttrained")
+    assert cli.main([*service, "embed", str(coins), str(bad), "--out", str(tmp_path / "e")]) == 1
+    printed = capsys.readouterr()
+    assert f"{bad}: UnsupportedImage" in printed.err
+    made = np.load(tmp_path / "e" / "coins_grey8.png.npz")
+    assert made["embedding"].shape == (256, 32, 32)
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["coins_grey8.png.npz"]
+    identity = str(made["embedding_id"])
+    assert identity in printed.out
+
+    box, labels, rows = "20,30,120,130", tmp_path / "m.png", tmp_path / "m.json"
+    assert cli.main([*service, "segment", identity, "--box", box, "--box", "0,0,50,50", "--out", str(labels)]) == 0
+    assert set(np.unique(np.array(PIL.Image.open(labels)))) <= {0, 1, 2}
+    assert cli.main([*service, "segment", str(coins), "--box", box, "--off", "25,35", "--out", str(rows)]) == 0
+    (mask,) = json.loads(rows.read_text())["masks"]
+    assert mask["area"] == decode([mask["segmentation"]["counts"]], (303, 384)).sum()
+    assert cli.main([*service, "automask", str(made["image_id"]), "--option", "points_per_side=4"]) == 0
+
+    for wrong, says in (
+        (["segment", str(coins)], "give --box or --point"),
+        (["segment", str(coins), "--box", box, "--out", "x.jpg"], "ends in .json"),
+        (["segment", "/no/such.png", "--box", box], "no embedding of /no/such.png"),
+        (["automask", str(coins), "--option", "points"], "expected NAME=NUMBER"),
+        (["automask", str(coins), "--option", "points=3"], "points"),
+        (["--key-file", "/no/key", "models"], "key file /no/key"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*service, *wrong]) == 1
+        assert says in capsys.readouterr().err
