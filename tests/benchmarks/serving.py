@@ -3,12 +3,12 @@
     python -m tests.benchmarks.serving [--only nano clicks overload peers]
 
 nano: one client at a time, with the packaged model. segment_…: a click on an embedding in memory; embed_…: a new image
-of 512². overhead_ms: the median of a click's time that is not the decoder's, on the wire and all; beside it what a bare
-Serve app behind HTTP and a bare handle call take, and the same click by Serve's handle. memory_growth_mb: of
-all replicas over SOAK clicks, after WARM.
-clicks: vit_b (random weights that draw blobs), CLIENTS clients, each clicking on one of as many stored images, which lie
-in a data set. decode_mean_batch: clicks a run of the decoder. decode_throughput_share: clicks a second, of those that
-the bare decoder does with batches of CLIENTS, in turns. click_bytes: a click's bytes on the wire, both ways.
+of 512². overhead_ms: the median of a click's time that is not the decoder's, on the wire and all; beside it a bare
+Serve app behind HTTP, a bare handle call, and the same click by Serve's handle. memory_growth_mb: of all replicas over
+SOAK clicks, after WARM.
+clicks: vit_b (random weights that draw blobs), CLIENTS clients, each clicking on one of as many images of a data set.
+decode_mean_batch: clicks a run of the decoder. decode_throughput_share: clicks a second, of those that the bare decoder
+does with batches of CLIENTS, in turns. click_bytes: a click's bytes on the wire, both ways.
 overload: vit_b on /v1/embed. First what CLIENTS waiting clients get (peak), then five times that rate, whoever has been
 answered. goodput_5x: images a second then, of peak. reject_p99_ms: until a refused request is told so.
 peers: 90 % clicks, 10 % new images, vit_b, CLIENTS clients, against tests/benchmarks/plain_server.py with the same
