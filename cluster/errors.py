@@ -13,6 +13,7 @@ class CellrayError(Exception):
     http_status = 500
     grpc_code = "INTERNAL"
     retry = False
+    retry_after_s = 0  # where `retry`: when
 
     def __init__(self, message: str) -> None:
         text = message.encode(errors="backslashreplace").decode()  # names of files may be no text
@@ -71,6 +72,13 @@ class NotFound(CellrayError):
     grpc_code = "NOT_FOUND"
 
 
+class Unauthorized(CellrayError):
+    """The request has no key, or one that is not in the keys file."""
+
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+
+
 class Forbidden(CellrayError):
     """The storage or service refused the credentials."""
 
@@ -91,10 +99,18 @@ class Unavailable(CellrayError):
     http_status = 503
     grpc_code = "UNAVAILABLE"
     retry = True
+    retry_after_s = 2
 
 
 class Overloaded(Unavailable):
     """A queue is full. Try again after the seconds in Retry-After."""
+
+
+class RateLimited(Unavailable):
+    """A key has used up its requests for now. `retry_after_s` is when it has one again, where the guard has set it."""
+
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineExceeded(Unavailable):

@@ -65,6 +65,15 @@ def replicas(app: str) -> dict[str, int]:
     return {name: _running(one) for name, one in application.deployments.items()}
 
 
+def http_host() -> str | None:
+    """What Serve listens on for HTTP, for a replica to know. None and "" are all addresses."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None  # else it raises
+    return client.http_config.host
+
+
 def _running(deployment: Any) -> int:
     return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
 

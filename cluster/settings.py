@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
@@ -103,6 +103,23 @@ class Limits(Frozen):
     cache_bytes: PositiveInt = Field(512 * MIB, description="embeddings that one ingress replica keeps in memory")
 
 
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]  # as browsers send it, or any
+
+
+class ServiceSettings(Frozen):
+    """Who may use the service, and how much."""
+
+    keys: str | None = Field(
+        None,
+        description="a file of every ingress node with a line `name: sha256 of the key [requests a minute]` a key, as "
+        "`cellray key` prints it; without one the service starts on loopback only",
+    )
+    requests_per_minute: PositiveInt | None = Field(
+        None, description="of one key to one ingress replica, where its line has no number; so many at once, too"
+    )
+    allow_origins: tuple[Origin, ...] = Field((), description="whose pages may call the service (CORS)")
+
+
 class Settings(Frozen):
     """Everything that driver, workers and replicas must agree on."""
 
@@ -111,6 +128,7 @@ class Settings(Frozen):
     models: dict[str, ModelSettings] = Field(default_factory=dict, description="by name; added to the built-in table")
     datasets: tuple[str, ...] = Field((), description="outputs of jobs.embed whose embeddings the service answers from")
     limits: Limits = Limits()
+    service: ServiceSettings = ServiceSettings()
 
 
 def load(config: str | None = None, environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings:

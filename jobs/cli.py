@@ -69,6 +69,13 @@ COMPACT_EXAMPLE = """examples:
   cellray compact s3://plates/out --dry-run
   cellray compact s3://plates/out && cellray verify s3://plates/out && cellray compact s3://plates/out --delete-old"""
 
+KEY = """Print a new random key for the service, once, and the line with its hash for the keys file that service.keys of
+the settings names. Nothing is written. A number at the line's end is how many requests a minute this key may send. A
+service that runs reads the file again when it has changed; a key whose line is gone is refused from then on."""
+KEY_EXAMPLE = """example:
+  cellray key alice
+  curl -H 'authorization: Bearer cellray_…' http://host:8000/v1/models"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
@@ -186,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--micro-sam-model", metavar="NAME", help="with zarr: micro-sam's name of the model (default: by OUT's)"
     )
+
+    key = command("key", _key, "make a key for the service", KEY, KEY_EXAMPLE)
+    key.add_argument("name", metavar="NAME", help="whose it is: what the log and the keys file say of it")
 
     serve = command(
         "serve", _serve, "start Ray and the app here, until Ctrl-C", "Start Ray and the app here, until Ctrl-C."
@@ -352,6 +362,14 @@ def _export(arguments: argparse.Namespace) -> int:
             count = write(found, names, arguments.target, bar.update)
     print(f"{count:,} images to {arguments.target}")
     return 1 if zarr and count < len(uris) else 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from cluster import keys
+
+    secret, line = keys.make(arguments.name)
+    print(f"key, shown only now:     {secret}\nline for the keys file:  {line}")
+    return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -13,14 +13,13 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from cluster.errors import CellrayError, InvalidInput
+from cluster.errors import CellrayError, InvalidInput, Unauthorized
 from serve_app.bodies import RAW, Logits
 from serve_app.contract import Embedding, ModelInfo, packed
 from serve_app.model import masks
 from serve_app.model.masks import MaskSet
 
 NPZ, PNG = "application/x-npz", "image/png"
-RETRY_AFTER_S = 2
 FOREVER = {"cache-control": "private, max-age=31536000, immutable", "vary": "accept"}
 
 
@@ -57,7 +56,7 @@ class ErrorBody(BaseModel):
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 404, 413, 415, 422, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 415, 422, 429, 500, 503, 504)
 }
 EMBEDDING_ANSWERS = {**ERRORS, 200: {"content": {RAW: _BINARY, NPZ: _BINARY}}}
 MASKS_ANSWERS = {
@@ -197,6 +196,8 @@ def _png(plane: np.ndarray) -> bytes:
 
 
 def error(error: CellrayError) -> JSONResponse:
-    headers = {"retry-after": str(RETRY_AFTER_S)} if error.retry else {}
+    headers = {"retry-after": str(error.retry_after_s)} if error.retry else {}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     body = {"error": str(error), "error_type": type(error).__name__}
     return JSONResponse(body, status_code=error.http_status, headers=headers)

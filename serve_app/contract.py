@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ DTYPE = "float16"  # of embeddings as they travel and are kept, if nothing is sa
 DTYPES = (DTYPE, "float32")
 LOGITS_DTYPE = "<f2"
 POOLED = "pooled"  # where a data set keeps no more of an embedding than the mean over its image
+Item = TypeVar("Item")
 
 
 def encoder_deployment(model: str) -> str:
@@ -94,3 +95,11 @@ class Embedding:
         """[channels] float32: the mean over the tokens that hold image, not padding."""
         rows, columns = (-(-side // patch) for side in self.input)
         return self.array[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)
+
+
+class Timed(list[Item]):
+    """A replica's answer, an item each; `ran_s` are the seconds that `model` took for all of its batch."""
+
+    def __init__(self, items: Iterable[Item], model: str, ran_s: float) -> None:
+        super().__init__(items)
+        self.model, self.ran_s = model, ran_s

@@ -25,11 +25,12 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster import memory
+from cluster import memory, session, telemetry
 from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
 from cluster.settings import Frozen, Settings, WeightsSettings
 from serve_app import handle, ingress, models
-from serve_app.contract import DTYPE, ModelInfo
+from serve_app.contract import DTYPE, ModelInfo, Timed
+from serve_app.guard import Guard
 from serve_app.model import automask, checkpoint, decoder, encoder, onnx
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
@@ -79,6 +80,11 @@ def _count(calls: Sequence[Sized]) -> int:
     return sum(map(len, calls)) if len(calls) > 1 else 1
 
 
+def _log_call(did: str, answer: Timed[Any]) -> None:
+    """With the id of the request that asked: Serve's logger adds it."""
+    log.info(f"{did} {len(answer)} in {1000 * answer.ran_s:.1f} ms", extra={"ms": round(1000 * answer.ran_s, 1)})
+
+
 def _use_cores() -> None:
     """Ray gives a replica without reserved CPUs one thread; such a one may use the whole node. Memory stays with it."""
     reserved = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
@@ -105,23 +111,29 @@ class EncoderReplica:
     def info(self) -> ModelInfo:
         return self.model_info
 
-    async def encode(self, images: Items, dtype: str = DTYPE) -> list[np.ndarray | CellrayError]:
+    async def encode(self, images: Items, dtype: str = DTYPE) -> Timed[np.ndarray | CellrayError]:
         """[h, w, 3] uint8 images with long side S → [C, g, g] of `dtype`, one of DTYPES, each, or an error in its
         place."""
-        return await self._encode(_Images(images, dtype))
+        answer = await self._encode(_Images(images, dtype))
+        _log_call("encoded", answer)
+        return answer
 
     @serve.batch(
         max_batch_size=BATCH_IMAGES,
         batch_wait_timeout_s=BATCH_WAIT_S,
         batch_size_fn=_count,
     )
-    async def _encode(self, calls: list[_Images]) -> list[list[np.ndarray | CellrayError]]:
+    async def _encode(self, calls: list[_Images]) -> list[Timed[np.ndarray | CellrayError]]:
         answers: dict[str, Iterator[np.ndarray | CellrayError]] = {}
+        name, started = self.model_info.name, time.perf_counter()
+        telemetry.observe(telemetry.BATCH_ITEMS, sum(map(len, calls)), model=name, part="encoder")
         for dtype in {call.dtype for call in calls}:
             images = [image for call in calls if call.dtype == dtype for image in call.images]
             embed = partial(encoder.embed, self.encoder, images, dtype=dtype)
             answers[dtype] = iter(await anyio.to_thread.run_sync(embed))
-        return [[next(answers[call.dtype]) for _ in call.images] for call in calls]
+        ran_s = time.perf_counter() - started
+        telemetry.observe(telemetry.ENCODER_SECONDS, ran_s, model=name)
+        return [Timed((next(answers[call.dtype]) for _ in call.images), name, ran_s) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -205,36 +217,43 @@ class DecoderReplica:
 
     async def segment(
         self, requests: list[DecodeRequest], decoder_sha256: str | None = None
-    ) -> list[MaskSet | CellrayError]:
+    ) -> Timed[MaskSet | CellrayError]:
         """One MaskSet a request, or an error in its place. Raises Conflict."""
         if self.loaded.decoder is None:
-            return [checkpoint.no_decoder()] * len(requests)
+            return Timed([checkpoint.no_decoder()] * len(requests), self.name, 0.0)
         found, loaded = await self._segment(requests)
         loaded.check(decoder_sha256)
+        _log_call("segmented", found)
         return found
 
     @serve.batch(max_batch_size=BATCH_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=_count)
     async def _segment(
         self, calls: list[list[DecodeRequest]]
-    ) -> list[tuple[list[MaskSet | CellrayError], LoadedDecoder]]:
-        loaded = self.loaded
+    ) -> list[tuple[Timed[MaskSet | CellrayError], LoadedDecoder]]:
+        loaded, started = self.loaded, time.perf_counter()
         requests = [request for call in calls for request in call]
         assert loaded.decoder is not None
+        telemetry.observe(telemetry.BATCH_ITEMS, len(requests), model=self.name, part="decoder")
         answers = iter(await anyio.to_thread.run_sync(decoder.segment, loaded.decoder, requests))
-        return [([next(answers) for _ in call], loaded) for call in calls]
+        ran_s = time.perf_counter() - started
+        telemetry.observe(telemetry.DECODER_SECONDS, ran_s, model=self.name)
+        return [(Timed((next(answers) for _ in call), self.name, ran_s), loaded) for call in calls]
 
     async def automask(
         self, images: list[tuple[Sequence[View], Size]], options: GridOptions, decoder_sha256: str | None = None
-    ) -> list[MaskSet | CellrayError]:
+    ) -> Timed[MaskSet | CellrayError]:
         """(views, original size) pairs → all their masks; AUTOMASKS images at a time, beside the batched requests.
         Raises Conflict."""
         async with self.automasks:
-            loaded = self.loaded
+            loaded, started = self.loaded, time.perf_counter()
             loaded.check(decoder_sha256)
-            return [
+            found = [
                 await anyio.to_thread.run_sync(self._automask, loaded.decoder, views, size, options)
                 for views, size in images
             ]
+        answer = Timed(found, self.name, time.perf_counter() - started)
+        _log_call("segmented whole", answer)
+        return answer
 
     def _automask(
         self, found: decoder.Decoder | None, views: Sequence[View], size: Size, options: GridOptions
@@ -242,7 +261,8 @@ class DecoderReplica:
         if found is None:
             return checkpoint.no_decoder()
         try:
-            return automask.generate(found, views, size, options)
+            with telemetry.timing(telemetry.AUTOMASK_SECONDS, model=self.name):
+                return automask.generate(found, views, size, options)
         except CellrayError as error:
             return error
         except Exception:
@@ -255,14 +275,16 @@ class IngressReplica:
     """HTTP over a Service. `handles` are (encoder, decoder) of each model in turn."""
 
     def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle) -> None:
+        self.guard = Guard(settings.service, session.http_host())
         self.service = Service(settings, names, handles)
-        self.inner = ingress.create_app(self.service)
+        self.inner = ingress.create_app(self.service, None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return ingress.create_app(self.service)
+        return ingress.create_app(self.service, self.guard)
 
     async def http(self, method: str, url: str, headers: list[tuple[bytes, bytes]], body: bytes) -> handle.Answer:
-        """For callers inside the cluster: the same application, by Serve's handle."""
+        """For callers inside the cluster: the same application, by Serve's handle and without a guard: who has a
+        handle may do all."""
         return await handle.answer(self.inner, method, url, headers, body)
 
 

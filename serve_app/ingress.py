@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import time
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -14,13 +13,17 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from PIL import Image
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster import scrape
 from cluster.errors import CellrayError, Internal, InvalidInput
-from serve_app import answers, bodies
+from serve_app import answers, bodies, journal
 from serve_app.answers import EMBEDDING_ANSWERS, ERRORS, FOREVER, MASKS_ANSWERS
 from serve_app.bodies import NAMED, AutomaskBody, ImageBody, SegmentBody
 from serve_app.contract import Embedding, ModelInfo
+from serve_app.guard import Guard, Guarded
+from serve_app.journal import Journal
 from serve_app.model.prompts import DecodeRequest
 from serve_app.service import Service, Stored
 
@@ -34,8 +37,8 @@ ONNX_TYPE = "application/octet-stream"
 Pooled = Annotated[bool, Query(description="only the mean over the image, float32")]
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application of one ingress replica."""
+def create_app(service: Service, guard: Guard | None) -> FastAPI:
+    """The application of one ingress replica, behind the guard where there is one."""
     app = FastAPI(
         title="Cellray",
         version=version("cellray"),
@@ -45,6 +48,17 @@ def create_app(service: Service) -> FastAPI:
     app.exception_handler(CellrayError)(_error)
     app.exception_handler(RequestValidationError)(_invalid)
     app.add_middleware(Edge, service=service)
+    if guard:
+        app.add_middleware(Guarded, guard=guard)
+    app.add_middleware(Journal)
+    if guard and guard.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=guard.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     limit = service.limits.image_bytes
 
     @app.get("/", include_in_schema=False)
@@ -59,6 +73,11 @@ def create_app(service: Service) -> FastAPI:
     async def readyz() -> dict[str, str]:
         await service.ready()
         return {"status": "ready"}
+
+    @app.get("/metrics", summary="What Cellray does on the whole cluster, for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        """Replicas report every few seconds."""
+        return Response(await scrape.cluster_metrics(), media_type=scrape.CONTENT_TYPE)
 
     @app.get("/v1/models", summary="The models that are served, their hashes, sizes and licences")
     async def models() -> list[dict[str, Any]]:
@@ -216,8 +235,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 class Edge:
-    """Around every request: the deadline, x-total-time (milliseconds), and a defect of ours as JSON without its
-    traceback."""
+    """Around every request: the deadline, and a defect of ours as JSON without its traceback."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -225,22 +243,19 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, begun = time.perf_counter(), False
+        begun = False
 
-        async def timed(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                took = f"{1000 * (time.perf_counter() - start):.1f}"
-                message["headers"] = [*message["headers"], (b"x-total-time", took.encode())]
+            begun = begun or message["type"] == "http.response.start"
             await send(message)
 
         try:
             async with self.service.deadline():
-                await self.app(scope, receive, timed)
+                await self.app(scope, receive, watched)
         except Exception as error:
             if not isinstance(error, CellrayError):
-                log.exception(f"{scope['method']} {scope['path']} failed")
+                log.exception(f"{scope['method']} {journal.route(scope)} failed")
                 error = Internal("an internal error; the service's log has the cause")
             if not begun:
-                await answers.error(error)(scope, receive, timed)
+                await answers.error(error)(scope, receive, send)

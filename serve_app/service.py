@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from anyio import CapacityLimiter, to_thread
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from cluster import watch
+from cluster import telemetry, watch
 from cluster.errors import (
     CellrayError,
     Conflict,
@@ -28,7 +29,7 @@ from cluster.errors import (
 )
 from cluster.settings import ComputeDtype, Settings
 from serve_app import contract
-from serve_app.contract import Embedding, ModelInfo
+from serve_app.contract import Embedding, ModelInfo, Timed
 from serve_app.model import preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
@@ -233,10 +234,14 @@ class Service:
 
     async def _call(self, response: Any) -> Any:
         """A replica's answer; Ray's errors become ours."""
+        started = time.perf_counter()
         try:
-            return await response
+            answer = await response
         except Exception as error:
             raise foreign(error) from error
+        if isinstance(answer, Timed):
+            telemetry.called(answer.model, time.perf_counter() - started, answer.ran_s)
+        return answer
 
 
 def _made(image_id: str, infos: Sequence[ModelInfo]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from cluster import telemetry
 from cluster.errors import CellrayError, InvalidInput, NotFound
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -52,12 +53,15 @@ class EmbeddingStore:
             while self.held > self.capacity:
                 self.held -= self.memory.popitem(last=False)[1].array.nbytes
 
-    def recall(self, embedding_id: str) -> Embedding | None:
-        """From memory only."""
+    def recall(self, *embedding_ids: str) -> Embedding | None:
+        """One of them, from memory only."""
         with self.lock:
-            if embedding_id in self.memory:
-                self.memory.move_to_end(embedding_id)
-            return self.memory.get(embedding_id)
+            found = next((one for one in embedding_ids if one in self.memory), "")
+            if found:
+                self.memory.move_to_end(found)
+            known = self.memory.get(found)
+        telemetry.count(telemetry.CACHE, result="hit" if known else "miss")
+        return known
 
     def get(self, *embedding_ids: str) -> Embedding:
         """One of them: from memory, else one row read from a data set.
@@ -65,9 +69,9 @@ class EmbeddingStore:
         Raises:
             NotFound: no committed shard has any.
         """
-        for known in map(self.recall, embedding_ids):
-            if known:
-                return known
+        known = self.recall(*embedding_ids)
+        if known:
+            return known
         for _ in self._looks():
             for index in self.indexes:
                 for embedding_id in embedding_ids:
@@ -165,7 +169,7 @@ class EmbeddingStore:
                         yield place, facts
 
     def _read(self, place: Place) -> Embedding | None:
-        with self._moving():
+        with self._moving(), telemetry.timing(telemetry.STORAGE_READ_SECONDS):
             found = next(dataset.open_embeddings(self.storage, place.uri, [place.row]))
             self.put(found)
             return found
