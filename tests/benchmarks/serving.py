@@ -64,7 +64,7 @@ WARM, SOAK = 1000, 10_000
 JSON = {"content-type": "application/json"}
 DTYPES = ("float32", "bfloat16")
 PLAIN_PORT, START_S = 8123, 120
-BATCHES = "ray_cellray_batch_items"
+BATCHES = "ray_cellray_batch_items_count"
 say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
 
 
@@ -200,9 +200,9 @@ class Bench:
                 shares.append(served[-1] / bare_rate)
                 wire += [one["sent"] + one["got"] for one in results]
                 say(f"{bare_rate:.1f} clicks/s by the bare decoder, {served[-1]:.1f} served")
-            items, batches = _batches(url, before)
+            batches = _batches(url) - before
         return {
-            "decode_mean_batch": items / batches,
+            "decode_mean_batch": len(wire) / batches,
             "decode_throughput_share": float(np.median(shares)),
             "clicks_s": float(np.median(served)),
             "click_bytes": float(np.mean(wire)),
@@ -329,19 +329,17 @@ def _span(results: list[dict[str, float]]) -> float:
     return max(one["start"] + one["s"] for one in results) - min(one["start"] for one in results)
 
 
-def _batches(url: str, before: tuple[float, float] = (0, 0)) -> tuple[float, float]:
-    """(Clicks, runs of the decoder) since `before`, once the metrics have come to rest."""
-    seen: tuple[float, float] = (-1, -1)
+def _batches(url: str) -> float:
+    """Runs of the decoder so far, once the metrics have come to rest."""
+    seen = -1.0
     while True:
-        found: dict[str, float] = {"_sum": 0.0, "_count": 0.0}
-        for line in httpx.get(f"{url}/metrics", timeout=30).text.splitlines():
-            for kind in found:
-                if line.startswith(f"{BATCHES}{kind}{{") and 'part="decoder"' in line:
-                    found[kind] += float(line.rsplit(" ", 1)[1])
-        now = found["_sum"] - before[0], found["_count"] - before[1]
-        if now == seen:
-            return now
-        seen = now
+        lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+        found = sum(
+            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(BATCHES) and 'part="decoder"' in line
+        )
+        if found == seen:
+            return found
+        seen = found
         time.sleep(12)
 
 
