@@ -137,7 +137,7 @@ def browser(shown: str, embedded: str) -> Iterator[Browser]:
 def screen(browser: Browser, app: App, request: pytest.FixtureRequest) -> Iterator[Screen]:
     """A fresh page. At the end: it made no complaint in its console, and asked no other host."""
     width, height = getattr(request, "param", (1280, 800))
-    context = browser.new_context(viewport={"width": width, "height": height})
+    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
     page = context.new_page()
     screen = Screen(page, app.http)
     page.on("request", lambda one: screen.asked.append(one))
@@ -299,8 +299,6 @@ def test_everything_is_found_and_taken_home(screen: Screen, coins: Path) -> None
     screen.open(coins)
     screen.page.get_by_text("Options").click()
     screen.page.get_by_label("Points a side").fill("12")
-    screen.page.get_by_label("Least predicted IoU").fill("0.5")
-    screen.page.get_by_label("Least stability").fill("0.6")
     screen.page.get_by_role("button", name="Segment everything").click()
     expect(screen.page.locator("#status")).to_have_text(re.compile(r"\d+ objects found"), timeout=2 * WAIT_MS)
     count = screen.rows.count()
@@ -334,8 +332,6 @@ def test_everything_is_found_and_taken_home(screen: Screen, coins: Path) -> None
 
 
 def test_an_image_of_a_data_set_is_picked(screen: Screen) -> None:
-    screen.page.reload()
-    screen.asked.clear()
     tile = screen.page.get_by_role("button", name="coins_grey8.png").first
     more = screen.page.get_by_role("button", name="More")
     expect(screen.page.locator("#gallery li").first).to_be_visible()
@@ -437,12 +433,17 @@ def test_zoom_and_pan_keep_points_where_they_are(screen: Screen, coins: Path) ->
 
 
 @pytest.mark.parametrize("screen", [(360, 740)], indirect=True)
-def test_a_narrow_window(screen: Screen, coins: Path) -> None:
+def test_a_narrow_window_under_fingers(screen: Screen, coins: Path) -> None:
     screen.open(coins)
     assert screen.page.evaluate("document.documentElement.scrollWidth") <= 360
-    screen.click(COIN)
+    tap = screen.page.touchscreen.tap
+    tap(*screen.at(COIN))
     screen.has(1)
-    screen.page.get_by_role("button", name="Delete object 1").click()
+    screen.page.get_by_text("Background", exact=True).tap()
+    tap(*screen.at(BESIDE))
+    screen.has(1)
+    assert screen.sent()[-1]["labels"] == [[1, 0]]
+    screen.page.get_by_role("button", name="Delete object 1").tap()
     screen.has(0)
     for name in ("Undo", "Next object", "Help and keys", "Segment everything", "Label map"):
         expect(screen.page.get_by_role("button", name=name)).to_be_visible()
@@ -500,10 +501,10 @@ def test_an_embedding_that_is_gone_is_made_again(screen: Screen, coins: Path) ->
     screen.expected = "404"
     screen.open(coins)
     screen.once("segment", refusal(404))
-    screen.asked.clear()
+    before = len(screen.asked)
     screen.click(COIN)
     screen.has(1)
-    assert [one.url.split("/v1/")[1][:7] for one in screen.asked] == ["segment", "embed?p", "segment"]
+    assert [one.url.split("/v1/")[1][:7] for one in screen.asked[before:]] == ["segment", "embed?p", "segment"]
     expect(screen.page.get_by_role("alert")).to_be_hidden()
 
 

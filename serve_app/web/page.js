@@ -13,6 +13,10 @@ import { tenths, View } from "./view.js";
 import { again, busy, problem, question, say } from "./words.js";
 
 const STEP = 40, FINE = 4; // CSS pixels an arrow key
+// Points a side, least predicted IoU and stability, most overlap: segment_anything's, and those of models for small
+// images, whose scores are lower (serve_app/weights/nano/README.md).
+const [SAM_GRID, SMALL_GRID] = [[32, 0.88, 0.95, 0.7], [16, 0.5, 0.8, 0.4]];
+const SAM_SIZE = 1024; // pixels of the model's input
 const $ = (id) => document.getElementById(id);
 const each = (selector, run) => document.querySelectorAll(selector).forEach(run);
 
@@ -185,7 +189,7 @@ async function segmentEverything() {
     const { masks } = await picture.ask("v1/automask", request, model(), signal);
     signal.throwIfAborted();
     const count = objects.found(masks);
-    say(count ? `${count} objects found.` : "Nothing new passed the thresholds: lower them under Options.");
+    say(count ? `${count} objects found.` : "Nothing new passed the thresholds: lower the least scores under Options.");
   } catch (error) {
     if (signal.aborted) say("Stopped.");
     else problem(error, segmentEverything);
@@ -312,6 +316,7 @@ $("model").onchange = () => {
 function choose(name) {
   const { trained, note, warning, licence, runtime, image_size } = models.find((one) => one.name === name);
   $("model").value = name;
+  document.querySelectorAll(".all input").forEach((input, i) => (input.value = (image_size < SAM_SIZE ? SMALL_GRID : SAM_GRID)[i]));
   const facts = [licence, `${image_size} px`, runtime].map((text) => element("span", text));
   $("facts").replaceChildren(element("strong", trained ? "trained" : note, trained ? "good" : "bad"), ...facts);
   if (warning) $("facts").append(element("strong", warning, "bad"));
