@@ -453,7 +453,8 @@ def test_a_file_that_is_no_image(screen: Screen, sample_images: Path, coins: Pat
     screen.expected = "415"
     screen.page.locator("#file").set_input_files(sample_images / "broken" / "not_an_image.png")
     error = screen.page.get_by_role("alert")
-    expect(error).to_contain_text("no image that the service reads")
+    expect(error).to_contain_text("cannot read this file: choose an image")
+    expect(screen.page.get_by_role("button", name="Try again")).to_be_hidden()
     screen.page.get_by_role("button", name="Close").click()
     expect(error).to_be_hidden()
     screen.open(coins)

@@ -2,11 +2,12 @@
 
 const TRIES = 6;
 const KEY = "cellray-key";
+const FINAL = [400, 403, 413, 415, 422];
 const ADVICE = {
   401: "This service needs a key.",
   403: "The key does not allow this: ask for another one.",
   413: "The image is too large for this service: send a smaller one, or cut it into tiles.",
-  415: "This is no image that the service reads: PNG, JPEG, TIFF, BMP, GIF and WebP are.",
+  415: "The service cannot read this file: choose an image.",
   429: "The service is busy and stayed so: try again in a minute.",
   500: "The service failed; its log has the cause. Try again, or tell who runs it.",
   503: "The service is not available just now: try again in a minute.",
@@ -16,11 +17,12 @@ const ADVICE = {
 /** Set by the page. `key(why)` asks for a key → text, or null; `waiting(seconds)`; `times(path, milliseconds by name)`. */
 export const on = { key: async () => null, waiting() {}, times() {} };
 
-/** What went wrong, for a person. `status` 0: no answer at all. */
+/** What went wrong, for a person. `status` 0: no answer at all. `final`: the same again is answered the same. */
 export class Failure extends Error {
   constructor(status, said) {
     super([ADVICE[status], said].filter(Boolean).join(" — "));
     this.status = status;
+    this.final = FINAL.includes(status);
   }
 }
 

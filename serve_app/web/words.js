@@ -11,7 +11,7 @@ export function problem(error, then = null) {
   retry = then;
   $("error").hidden = !error;
   $("error").querySelector("p").textContent = error?.message ?? "";
-  $("error").querySelector("[data-do=again]").hidden = !then;
+  $("error").querySelector("[data-do=again]").hidden = !then || error.final;
 }
 
 export function again() {
