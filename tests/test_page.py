@@ -432,6 +432,29 @@ def test_zoom_and_pan_keep_points_where_they_are(screen: Screen, coins: Path) ->
     expect(place).to_have_text("155, 52")
 
 
+def test_another_model_is_chosen(screen: Screen, coins: Path) -> None:
+    def two(route: Route) -> None:
+        (nano,) = route.fetch().json()
+        other = {"name": "other", "trained": False, "note": "untrained: random", "licence": "MIT", "image_size": 1024}
+        route.fulfill(json=[nano, {**nano, **other}])
+
+    screen.expected = "404"  # this model is not really there
+    screen.once("models", two)
+    screen.page.reload()
+    facts, side = screen.page.locator("#facts"), screen.page.locator("[name=points_per_side]")
+    expect(facts).to_contain_text("trainedApache-2.0256 px")
+    expect(side).to_have_value("16")
+    screen.page.get_by_label("Model").select_option("other")
+    expect(facts).to_contain_text("untrained: randomMIT1024 px")
+    expect(side).to_have_value("32")
+    screen.page.locator("#file").set_input_files(coins)
+    expect(screen.page.get_by_role("alert")).to_contain_text("model 'other' is not served here")
+    screen.page.get_by_label("Model").select_option("nano")
+    screen.click(COIN)
+    screen.has(1)
+    assert screen.sent()[-1]["model"] == "nano"
+
+
 @pytest.mark.parametrize("screen", [(360, 740)], indirect=True)
 def test_a_narrow_window_under_fingers(screen: Screen, coins: Path) -> None:
     screen.open(coins)
@@ -528,7 +551,8 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(screen: Screen, coins: Path) ->
     dialog.get_by_role("textbox").fill("secret")
     screen.press("Enter")
     screen.has(1)
-    assert screen.asked[-1].headers["authorization"] == "Bearer secret"
+    segments = [one for one in screen.asked if one.url.endswith("/v1/segment")]
+    assert [one.headers.get("authorization") for one in segments] == [None, "Bearer secret"]
     assert screen.page.evaluate("[sessionStorage.length, localStorage.length]") == [1, 0]
 
 

@@ -4,6 +4,7 @@ import { call } from "./api.js";
 
 const PAGE = 24;
 const THUMB = 256; // CSS pixels and those of fine screens
+const lanes = [Promise.resolve(), Promise.resolve(), Promise.resolve()]; // so many previews are asked for at once
 let place, pick, next;
 
 /** Shows the first page, or nothing where there are no data sets. */
@@ -20,14 +21,15 @@ export async function more() {
   place.hidden = !place.querySelector("li");
 }
 
-function tile(row) {
+function tile(row, index) {
   const item = document.createElement("li"), button = document.createElement("button"), image = new Image();
   const name = row.image_uri.split("/").pop() + (row.part ? ` ${row.part}` : "");
   image.alt = "";
   button.append(image, Object.assign(document.createElement("span"), { textContent: name }));
   button.onclick = () => pick(row);
   item.append(button);
-  thumb(row.image_id).then((url) => (image.src = url), () => button.classList.add("blank"));
+  const lane = index % lanes.length, show = async () => (image.src = await thumb(row.image_id));
+  lanes[lane] = lanes[lane].then(show).catch(() => {}); // without one there is still the name
   return item;
 }
 
