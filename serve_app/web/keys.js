@@ -37,6 +37,7 @@ export function listenToKeys(act, hold, help) {
     if (name) act[name](event);
   });
   addEventListener("keyup", ({ key }) => key === " " && hold(false));
+  addEventListener("blur", () => hold(false));
 
   for (const [keys, text] of KEYS.filter(([keys]) => keys)) {
     const row = document.createElement("div");

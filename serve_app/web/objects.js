@@ -31,7 +31,7 @@ export class Objects extends EventTarget {
   /** One more click or box for the selected object, or the first of a new one. */
   prompt(change) {
     const before = this.selected?.prompt ?? EMPTY, prompt = { ...change(before), before };
-    if (this.selected) return this.edit(this.selected.number, { prompt });
+    if (this.selected) return this.edit(this.selected.number, { prompt, hidden: false });
     const made = this.#object(prompt);
     this.#step({ list: [...this.list, made], selected: made.number });
   }

@@ -74,7 +74,10 @@ const act = {
     view.draw();
     say(view.masks ? name() : "Masks are hidden; M shows them again.");
   },
-  everything: segmentEverything,
+  everything: ({ key }) => {
+    if (!everything) segmentEverything();
+    else if (!key) everything.abort(); // only the button stops it, and Escape
+  },
   in: () => view.zoom(1.25),
   out: () => view.zoom(0.8),
   fit: () => view.fit(),
@@ -121,12 +124,14 @@ function followCorner() {
 // ---------------------------------------------------------------- objects
 
 function addPoint([x, y], label) {
+  view.masks = true;
   objects.prompt(({ box, points }) => ({ box, points: [...points, [tenths(x), tenths(y), label]] }));
 }
 
 function addBox(box) {
   if (box[2] - box[0] < 1 || box[3] - box[1] < 1) return;
   if (objects.selected?.prompt.box) objects.finish();
+  view.masks = true;
   objects.prompt(({ points }) => ({ box, points }));
 }
 
@@ -178,7 +183,6 @@ async function askOne(number, prompt, signal) {
 }
 
 async function segmentEverything() {
-  if (everything) return everything.abort();
   if (!picture) return;
   const given = [...document.querySelectorAll(".all input")].filter((input) => input.value !== "");
   const request = Object.fromEntries(given.map((input) => [input.name, Number(input.value)]));
