@@ -11,14 +11,13 @@ from typing import Annotated, Any
 from anyio import to_thread
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
 from PIL import Image
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import scrape
 from cluster.errors import CellrayError, Internal, InvalidInput
-from serve_app import answers, bodies, journal
+from serve_app import answers, bodies, journal, pages
 from serve_app.answers import EMBEDDING_ANSWERS, ERRORS, FOREVER, MASKS_ANSWERS
 from serve_app.bodies import NAMED, AutomaskBody, ImageBody, SegmentBody
 from serve_app.contract import Embedding, ModelInfo
@@ -61,9 +60,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
         )
     limit = service.limits.image_bytes
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
+    pages.add_page(app)
 
     @app.get("/healthz", summary="This ingress is alive")
     async def healthz() -> dict[str, str]:
