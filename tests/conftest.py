@@ -24,6 +24,16 @@ from tests.s3 import server
 DEPLOY = Path(__file__).parent.parent / "deploy"
 
 
+STARTS_RAY = ("test_faults.py", "test_session.py", "test_shards.py", "test_training_ranks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2` all that needs a Ray runs one after the other in one process, the rest beside it."""
+    for item in items:
+        if "app" in getattr(item, "fixturenames", ()) or item.path.name in STARTS_RAY:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @dataclass(frozen=True)
 class App:
     """The running app: its URLs, the settings file it reads, the S3 server, and two data sets of the settings."""
