@@ -25,6 +25,7 @@ from serve_app.service import LOGITS, Service, Stored, foreign
 
 SERVER, PLATFORM, VERSION = "cellray", "cellray_sam", "1"
 EXTENSIONS = ("binary_tensor_data", "model_repository")
+SHOWN = 100  # characters of what was sent, in an error
 POINTS = 1024  # most for one object: what the decoder holds grows with them
 
 Arrays = dict[str, np.ndarray]
@@ -67,9 +68,9 @@ async def model(service: Service, name: str, version: str = "") -> Model:
     """Raises NotFound, Unavailable."""
     halves = _halves(service)
     if name not in halves:
-        raise NotFound(f"model {name!r} is not served here; there are {', '.join(halves)}")
+        raise NotFound(f"model {name[:SHOWN]!r} is not served here; there are {', '.join(halves)}")
     if version not in ("", VERSION):
-        raise NotFound(f"model {name} has no version {version!r}, only {VERSION}")
+        raise NotFound(f"model {name} has no version {version[:SHOWN]!r}, only {VERSION}")
     whole, make = halves[name]
     return make(name, await service.info(whole))
 
@@ -94,7 +95,7 @@ async def infer(service: Service, model: Model, given: Sequence[Given], outputs:
     there = [one.name for one in model.outputs]
     for name in outputs:
         if name not in there:
-            raise InvalidInput(f"{model.name} has no output {name!r}; there are {', '.join(there)}")
+            raise InvalidInput(f"{model.name} has no output {name[:SHOWN]!r}; there are {', '.join(there)}")
     arrays = await to_thread.run_sync(_read, model, given)
     wanted = [name for name in there if name in outputs or not outputs]
     return await model.run(service, model.info, arrays, wanted)
@@ -167,7 +168,11 @@ async def _embed(service: Service, info: ModelInfo, given: Arrays, wanted: Seque
         "input_size": lambda one: one.input,
     }
     dtypes = {"embedding_id": object, "original_size": np.int64, "input_size": np.int64}
-    return {name: np.array([columns[name](one) for one in made], dtypes.get(name)) for name in wanted}
+
+    def stacked() -> Arrays:
+        return {name: np.array([columns[name](one) for one in made], dtypes.get(name)) for name in wanted}
+
+    return await to_thread.run_sync(stacked)
 
 
 async def _segment(service: Service, info: ModelInfo, given: Arrays, wanted: Sequence[str]) -> Arrays:
@@ -229,7 +234,7 @@ def _read(model: Model, given: Sequence[Given]) -> Arrays:
     there, arrays = {one.name: one for one in model.inputs}, dict[str, np.ndarray]()
     for one in given:
         if one.name not in there:
-            raise InvalidInput(f"{model.name} has no input {one.name!r}; there are {', '.join(there)}")
+            raise InvalidInput(f"{model.name} has no input {one.name[:SHOWN]!r}; there are {', '.join(there)}")
         if one.name in arrays:
             raise InvalidInput(f"input {one.name} was sent twice")
         for parameter in one.parameters:

@@ -91,7 +91,7 @@ class GrpcMethods:
     async def Check(self, asked: Message) -> dict[str, Any]:
         """Of no service: this ingress is alive. Of the protocol's: every model answers."""
         if asked.service not in ("", OIP):
-            raise NotFound(f"no service {asked.service[:100]!r} here; there is {OIP}")
+            raise NotFound(f"no service {asked.service[: oip.SHOWN]!r} here; there is {OIP}")
         return {"status": SERVING if not asked.service or await self._is_ready() else NOT_SERVING}
 
     @method

@@ -101,7 +101,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.api_route("/v2/{path:path}", methods=["GET", "POST"], include_in_schema=False)
     async def nothing(path: str) -> None:
-        raise NotFound(f"there is nothing at /v2/{path[:100]}")
+        raise NotFound(f"there is nothing at /v2/{path[: oip.SHOWN]}")
 
 
 def parse(body: bytes, header: str | None) -> tuple[InferRequest, list[Given]]:
