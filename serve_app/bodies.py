@@ -173,15 +173,20 @@ async def read(request: Request, limit: int) -> Sent:
         TooLarge, InvalidInput, UnsupportedImage: neither an image nor multipart nor JSON.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    stream = _bounded(request, limit)
     if kind == "multipart/form-data":
+        stream = _bounded(request, limit)
         return await _multipart(MultiPartParser(request.headers, stream, max_files=IMAGES, max_fields=4))
-    data = b"".join([chunk async for chunk in stream])
+    data = await whole(request, limit)
     if kind == "application/json":
         return Sent(text=data.decode(errors="replace"))
     if kind in ("", RAW, "application/x-www-form-urlencoded") or kind.startswith("image/"):  # the third is curl's
         return Sent([("", data)] if data else [])
     raise UnsupportedImage(f"content type {kind!r}: send image/…, {RAW}, multipart/form-data or application/json")
+
+
+async def whole(request: Request, limit: int) -> bytes:
+    """Raises TooLarge."""
+    return b"".join([chunk async for chunk in _bounded(request, limit)])
 
 
 async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:

@@ -35,6 +35,7 @@ from serve_app.model import automask, checkpoint, decoder, encoder, onnx
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, View
+from serve_app.oip_grpc import GrpcMethods
 from serve_app.service import Service
 
 log = logging.getLogger("ray.serve")
@@ -271,8 +272,8 @@ class DecoderReplica:
 
 
 @serve.ingress()
-class IngressReplica:
-    """HTTP over a Service. `handles` are (encoder, decoder) of each model in turn."""
+class IngressReplica(GrpcMethods):
+    """HTTP and gRPC over a Service. `handles` are (encoder, decoder) of each model in turn."""
 
     def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle) -> None:
         self.guard = Guard(settings.service, session.http_host())

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import scrape
 from cluster.errors import CellrayError, Internal, InvalidInput
-from serve_app import answers, bodies, journal, pages
+from serve_app import answers, bodies, journal, oip_http, pages
 from serve_app.answers import EMBEDDING_ANSWERS, ERRORS, FOREVER, MASKS_ANSWERS
 from serve_app.bodies import NAMED, AutomaskBody, ImageBody, SegmentBody
 from serve_app.contract import Embedding, ModelInfo
@@ -210,6 +210,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
         headers = {"etag": tag, "x-original-size": f"{pixels.shape[0]},{pixels.shape[1]}", **FOREVER}
         return Response(data, media_type="image/jpeg", headers=headers)
 
+    oip_http.add_routes(app, service)
     return app
 
 

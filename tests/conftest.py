@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import random
+import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from jobs import samples
 from tests.s3 import server
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
+GRPC = "serve_app.oip_messages.add_to_server"
 
 
 STARTS_RAY = ("test_faults.py", "test_session.py", "test_shards.py", "test_training_ranks.py")
@@ -39,11 +43,21 @@ class App:
     """The running app: its URLs, the settings file it reads, the S3 server, and two data sets of the settings."""
 
     http: str
+    grpc: str
     dashboard: str
     config: str
     endpoint: str
     dataset: str
     shown: str
+
+
+def _free_port() -> int:
+    """Below those that the system gives to whoever asks for any, as the many processes of Ray do."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 @pytest.fixture(scope="session")
@@ -70,10 +84,13 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
         config.write_text(yaml.safe_dump(settings))
         serve_config = yaml.safe_load((DEPLOY / "serve.local.yaml").read_text())
         serve_config["applications"][0]["args"]["config"] = str(config)
+        port = _free_port()
+        serve_config["http_options"]["port"] = _free_port()
+        serve_config["grpc_options"] = {"port": port, "grpc_servicer_functions": [GRPC], "enable_reflection": False}
         with session.local(serve_config, print) as started:
             # Ray has put handlers of its own in the place of pytest's, and what they write is captured and lost.
             faulthandler.enable(pytestconfig.stash[fault_handler_stderr_fd_key])
-            yield App(started.http, started.dashboard, str(config), endpoint, dataset, shown)
+            yield App(started.http, f"127.0.0.1:{port}", started.dashboard, str(config), endpoint, dataset, shown)
 
 
 @pytest.fixture(scope="session")
