@@ -20,7 +20,7 @@ export const on = { key: async () => null, waiting() {}, times() {} };
 /** What went wrong, for a person. `status` 0: no answer at all. `final`: the same again is answered the same. */
 export class Failure extends Error {
   constructor(status, said) {
-    super([ADVICE[status], said].filter(Boolean).join(" — "));
+    super(ADVICE[status] && said ? `${ADVICE[status]} (${said})` : ADVICE[status] || said);
     this.status = status;
     this.final = FINAL.includes(status);
   }

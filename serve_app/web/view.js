@@ -7,6 +7,7 @@ const MARGIN = 16; // CSS pixels around an image that fits
 const [SMALLEST, LARGEST] = [0.02, 40]; // CSS pixels an image pixel
 const SHARP = 2; // from here on, pixels are shown as squares
 
+const within = (scale) => Math.min(Math.max(scale, SMALLEST), LARGEST);
 export const tenths = (value) => Math.round(10 * value) / 10;
 export const colour = (number) => `hsl(${(number * 137.508 + 40) % 360} 85% 58%)`;
 
@@ -41,8 +42,8 @@ export class View {
   boxed(a, b) {
     const { width, height } = this.picture;
     const [xs, ys] = [0, 1].map((axis) => [a[axis], b[axis]].sort((p, q) => p - q));
-    const within = (value, most) => tenths(Math.min(Math.max(value, 0), most));
-    return [within(xs[0], width), within(ys[0], height), within(xs[1], width), within(ys[1], height)];
+    const inner = (value, most) => tenths(Math.min(Math.max(value, 0), most));
+    return [inner(xs[0], width), inner(ys[0], height), inner(xs[1], width), inner(ys[1], height)];
   }
 
   inside([x, y]) { return x >= 0 && y >= 0 && x <= this.picture?.width && y <= this.picture?.height; }
@@ -50,7 +51,7 @@ export class View {
   fit() {
     if (!this.picture) return this.draw();
     const { clientWidth: w, clientHeight: h } = this.canvas, { width, height } = this.picture;
-    this.scale = Math.min((w - 2 * MARGIN) / width, (h - 2 * MARGIN) / height, LARGEST);
+    this.scale = within(Math.min((w - 2 * MARGIN) / width, (h - 2 * MARGIN) / height));
     this.left = (w - width * this.scale) / 2;
     this.top = (h - height * this.scale) / 2;
     this.#fits = true;
@@ -59,7 +60,7 @@ export class View {
 
   /** Around a point of the canvas that stays where it is; the middle if none is given. */
   zoom(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
-    const scale = Math.min(Math.max(this.scale * factor, SMALLEST), LARGEST), by = scale / this.scale;
+    const scale = within(this.scale * factor), by = scale / this.scale;
     this.scale = scale;
     this.pan((x - this.left) * (1 - by), (y - this.top) * (1 - by));
   }
