@@ -21,6 +21,7 @@ from cluster.errors import InvalidSettings, NotFound, Unavailable
 from cluster.settings import MIB
 
 LOCAL_OBJECT_STORE_BYTES = 512 * MIB
+DASHBOARD_PORT = 8265
 AGENT_PORT = 52365  # of Ray's agent, who starts submitted jobs; `ray.init` takes no other
 READY_TIMEOUT_S = 300.0
 POLL_S = 0.5
@@ -87,7 +88,9 @@ class Session:
 
 
 @contextmanager
-def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Session]:
+def local(
+    config: Mapping[str, Any], say: Callable[[str], None], dashboard_port: int = DASHBOARD_PORT
+) -> Iterator[Session]:
     """A Ray cluster on this machine with the Serve config (as of `serve deploy`) running in it, for the length of the
     `with`. Listens on loopback only. Ports that are taken are replaced by free ones.
 
@@ -110,7 +113,7 @@ def local(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Ses
             context = ray.init(
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
-                dashboard_port=_free_port(8265),
+                dashboard_port=_free_port(dashboard_port),
                 _temp_dir=folder,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                 log_to_driver=False,

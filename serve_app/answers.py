@@ -29,7 +29,7 @@ class Rle(BaseModel):
 
 
 class Mask(BaseModel):
-    segmentation: Rle | None = Field(description="with encoding rle")
+    segmentation: Rle | None = Field(None, description="with encoding rle")
     png: str | None = Field(None, description="with encoding png: 8-bit grey, 0 and 255, in base64")
     bbox: tuple[float, float, float, float] = Field(description="x, y, width, height around the mask")
     area: int = Field(description="pixels")
@@ -49,17 +49,61 @@ class MasksAnswer(BaseModel):
     masks: list[Mask]
 
 
+class Listed(BaseModel):
+    """An image of the data sets."""
+
+    image_id: str
+    image_uri: str
+    part: str = Field(description="which part of the file, empty for the whole")
+    width: int
+    height: int
+    embedding_id: str
+    model: str
+
+
+class ImagesAnswer(BaseModel):
+    images: list[Listed]
+    next: str | None = Field(description="what to send as `after`; null at the end")
+
+
 class ErrorBody(BaseModel):
-    error: str
-    error_type: str
+    error: str = Field(description="one line")
+    error_type: str = Field(description="a class of errors, which says more than the status")
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 415, 422, 429, 500, 503, 504)
+_TEXT = {"schema": {"type": "string"}}
+_LATER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds until it may be tried again"}}
+_FACTS = ("embedding-id", "image-id", "original-size", "input-size", "shape", "dtype", "model", "trained")
+Answers = dict[int | str, dict[str, Any]]
+ERRORS: Answers = {status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 415, 422, 429, 500, 503, 504)}
+ERRORS[429] |= {"headers": _LATER}
+# Where an ingress's own queue is full, Serve answers in its place, and in plain text.
+ERRORS[503] |= {"headers": _LATER, "content": {"text/plain": _TEXT}}
+FEW_ERRORS: Answers = {status: ERRORS[status] for status in (401, 429, 500, 503, 504)}
+SAME: Answers = {304: {"description": "as If-None-Match"}}
+METRICS_ANSWERS: Answers = {**FEW_ERRORS, 200: {"content": {"text/plain": _TEXT}}}
+MODELS_ANSWERS: Answers = {
+    **FEW_ERRORS,
+    200: {"model": list[ModelInfo], "description": "and each with its embedding_shape, and a note if it is untrained"},
 }
-EMBEDDING_ANSWERS = {**ERRORS, 200: {"content": {RAW: _BINARY, NPZ: _BINARY}}}
-MASKS_ANSWERS = {
+ONNX_ANSWERS: Answers = {**ERRORS, **SAME, 200: {"content": {RAW: _BINARY}}}
+EMBEDDING_ANSWERS: Answers = {
+    **ERRORS,
+    200: {
+        "description": "of one image bytes or npz, with `x-…` headers, sizes as height,width; of several npz",
+        "content": {RAW: _BINARY, NPZ: _BINARY},
+        "headers": {f"x-{name}": _TEXT for name in _FACTS},
+    },
+}
+IMAGES_ANSWERS: Answers = {**ERRORS, 200: {"model": ImagesAnswer}}
+PREVIEW_ANSWERS: Answers = {
+    **ERRORS,
+    **SAME,
+    200: {"content": {"image/jpeg": _BINARY}},
+    409: {"model": ErrorBody, "description": "the image is not what was embedded any more"},
+}
+MASKS_ANSWERS: Answers = {
     **ERRORS,
     200: {"model": MasksAnswer, "content": {PNG: _BINARY, RAW: _BINARY}, "description": "JSON, or a label map"},
 }

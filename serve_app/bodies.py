@@ -13,11 +13,22 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cluster.errors import InvalidInput, InvalidPrompt, TooLarge, UnsupportedImage
+from cluster.settings import MIB
 from serve_app import contract
-from serve_app.model.prompts import GridOptions, Prompts
+from serve_app.model.prompts import (
+    MAX_CROP_LAYERS,
+    MAX_GRID,
+    MAX_OFFSET,
+    MAX_OVERLAP,
+    MAX_REGION,
+    GridOptions,
+    Prompts,
+    check_clicks,
+)
 from serve_app.service import Stored
 
 IMAGES = 64  # most in one body
+JSON_BYTES = 16 * MIB  # as many logits as a request may have are 11 MB; parsed, JSON takes many times its length
 RAW = "application/octet-stream"
 NAMED = ("embedding_id", "image_id", "image_uri")
 
@@ -25,7 +36,7 @@ NAMED = ("embedding_id", "image_id", "image_uri")
 class Logits(BaseModel):
     """A mask as the decoder makes it, before it is enlarged: what it takes to refine it with a next click."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     shape: tuple[int, int] = Field(description="rows, columns, of the padded input: 256 × 256 for SAM")
     data: str = Field(description="float16, little-endian, C order, in base64")
@@ -41,7 +52,7 @@ class Logits(BaseModel):
 class ImageBody(BaseModel):
     """The image that is meant: sent beside this, or embedded before and named by one of three."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     embedding_id: str | None = Field(
         None,
@@ -99,8 +110,11 @@ class SegmentBody(ImageBody):
     )
     logits: bool = Field(False, description="answer each mask's logits too, to send them back as masks")
 
-    def prompts(self) -> Prompts:
-        """Raises InvalidPrompt."""
+    def prompts(self, limit: int) -> Prompts:
+        """At most `limit`. Raises InvalidPrompt."""
+        count = max(len(given or ()) for given in (self.boxes, self.points, self.masks))
+        if count > limit:
+            raise InvalidPrompt(f"{count} prompts for one image; the limit is {limit}")
         boxes = None if self.boxes is None else np.array(self.boxes, np.float32).reshape(-1, 4)
         masks = None if self.masks is None else _stack([mask.array() for mask in self.masks])
         if self.points is None:
@@ -111,6 +125,7 @@ class SegmentBody(ImageBody):
         if [len(x) for x in labels] != [len(x) for x in self.points]:
             raise InvalidPrompt("labels must have the same shape as points without their last axis")
         most = max(map(len, self.points), default=0)  # objects may have different numbers of points: padded with −1
+        check_clicks(most)
         padded = [[*points, *[(0.0, 0.0)] * (most - len(points))] for points in self.points]
         flags = [[*row, *[-1] * (most - len(row))] for row in labels]
         return Prompts(
@@ -127,22 +142,31 @@ def _stack(arrays: list[np.ndarray]) -> np.ndarray:
     return np.stack(arrays) if arrays else np.zeros((0, 0, 0), np.float32)
 
 
+def _within(low: float, high: float, description: str) -> Any:
+    """What GridOptions checks, documented."""
+    return Field(None, description=description, json_schema_extra={"minimum": low, "maximum": high})
+
+
 class AutomaskBody(ImageBody):
     """Find every object, from a grid of points. Names and meaning are those of segment_anything's
     SamAutomaticMaskGenerator; what is left out has its default."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"embedding_id": "9f86d081…", "points_per_side": 32}]})
 
-    points_per_side: int | None = Field(None, description="the grid is its square")
+    points_per_side: int | None = _within(1, MAX_GRID, "the grid is its square")
     pred_iou_thresh: float | None = Field(None, description="masks under it are dropped")
     stability_score_thresh: float | None = Field(None, description="masks under it are dropped")
-    stability_score_offset: float | None = Field(None, description="logits above and below the cut that it compares")
-    box_nms_thresh: float | None = Field(None, description="of two boxes with a greater IoU the worse mask is dropped")
-    crop_n_layers: int | None = Field(None, description="layers of 4ⁿ crops to look at too; needs the image")
-    crop_nms_thresh: float | None = Field(None, description="as box_nms_thresh, between crops")
-    crop_overlap_ratio: float | None = Field(None, description="of the short side, between the first layer's crops")
-    crop_n_points_downscale_factor: int | None = Field(None, description="layer n has points / factorⁿ a side")
-    min_mask_region_area: int | None = Field(None, description="smaller holes and islands are removed; pixels")
+    stability_score_offset: float | None = _within(
+        0, MAX_OFFSET, "logits above and below the cut that the stability score compares"
+    )
+    box_nms_thresh: float | None = _within(0, 1, "of two boxes with a greater IoU the worse mask is dropped")
+    crop_n_layers: int | None = _within(0, MAX_CROP_LAYERS, "layers of 4ⁿ crops to look at too; needs the image")
+    crop_nms_thresh: float | None = _within(0, 1, "as box_nms_thresh, between crops")
+    crop_overlap_ratio: float | None = _within(
+        0, MAX_OVERLAP, "of the short side, shared by neighbours in the first layer"
+    )
+    crop_n_points_downscale_factor: int | None = _within(1, MAX_GRID, "layer n has points / factorⁿ a side")
+    min_mask_region_area: int | None = _within(0, MAX_REGION, "smaller holes and islands are removed; pixels")
 
     def options(self) -> GridOptions:
         """Raises InvalidInput."""
@@ -175,10 +199,12 @@ async def read(request: Request, limit: int) -> Sent:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
         stream = _bounded(request, limit)
-        return await _multipart(MultiPartParser(request.headers, stream, max_files=IMAGES, max_fields=4))
-    data = await whole(request, limit)
+        return await _multipart(
+            MultiPartParser(request.headers, stream, max_files=IMAGES, max_fields=4, max_part_size=JSON_BYTES)
+        )
     if kind == "application/json":
-        return Sent(text=data.decode(errors="replace"))
+        return Sent(text=(await whole(request, min(limit, JSON_BYTES))).decode(errors="replace"))
+    data = await whole(request, limit)
     if kind in ("", RAW, "application/x-www-form-urlencoded") or kind.startswith("image/"):  # the third is curl's
         return Sent([("", data)] if data else [])
     raise UnsupportedImage(f"content type {kind!r}: send image/…, {RAW}, multipart/form-data or application/json")
@@ -226,23 +252,13 @@ def _files(parts: list[UploadFile | str]) -> Iterator[UploadFile]:
 def documented(schema: dict[str, Any] | None) -> dict[str, Any]:
     """OpenAPI of a body: an image, with the JSON of `schema` beside it or in its place where there is one."""
     image = {"type": "string", "format": "binary"}
-    content: dict[str, Any] = {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["image"],
-                "properties": {"image": {"type": "array", "items": image, "maxItems": IMAGES}},
-            }
-        }
-    }
+    images = {"type": "array", "items": image, "minItems": 1, "maxItems": IMAGES}
+    form: dict[str, Any] = {"type": "object", "required": ["image"], "properties": {"image": images}}
+    content: dict[str, Any] = {"multipart/form-data": {"schema": form}}
     if schema is None:
         content[RAW] = content["image/*"] = {"schema": image}
     else:
-        request = {"type": "string", "description": "the JSON of the other kind, naming no image"}
-        content["multipart/form-data"]["schema"] = {
-            "type": "object",
-            "required": ["image", "request"],
-            "properties": {"image": image, "request": request},
-        }
+        form |= {"required": ["request"], "properties": {"image": image, "request": schema}}
+        content["multipart/form-data"]["encoding"] = {"request": {"contentType": "application/json"}}
         content["application/json"] = {"schema": schema}
     return {"requestBody": {"required": True, "content": content}}

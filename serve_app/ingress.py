@@ -9,16 +9,17 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import scrape
-from cluster.errors import CellrayError, Internal, InvalidInput
+from cluster.errors import CellrayError, Internal, InvalidInput, NotFound
 from serve_app import answers, bodies, journal, oip_http, pages
-from serve_app.answers import EMBEDDING_ANSWERS, ERRORS, FOREVER, MASKS_ANSWERS
+from serve_app.answers import FOREVER
 from serve_app.bodies import NAMED, AutomaskBody, ImageBody, SegmentBody
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.guard import Guard, Guarded
@@ -32,7 +33,10 @@ UNTRAINED = "untrained: random weights, the numbers mean nothing"
 COMPONENTS = "#/components/schemas/{model}"  # where FastAPI keeps its models' schemas
 MOST_LISTED = 100
 PREVIEW, MOST_PREVIEW = 1024, 4096  # pixels of the long side
+PATH_SHOWN = 100  # characters
 ONNX_TYPE = "application/octet-stream"
+SHA256 = {"pattern": "^[0-9a-f]{64}$"}
+Identity = Annotated[str, Path(description="sha256 in hex", json_schema_extra=SHA256)]
 Pooled = Annotated[bool, Query(description="only the mean over the image, float32")]
 
 
@@ -46,6 +50,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     )
     app.exception_handler(CellrayError)(_error)
     app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_no_route)
     app.add_middleware(Edge, service=service)
     if guard:
         app.add_middleware(Guarded, guard=guard)
@@ -62,21 +67,30 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
 
     pages.add_page(app)
 
-    @app.get("/healthz", summary="This ingress is alive")
+    @app.get("/healthz", summary="This ingress is alive", responses=answers.FEW_ERRORS)
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", summary="Every model answers", responses={503: ERRORS[503]})
+    @app.get("/readyz", summary="Every model answers", responses=answers.FEW_ERRORS)
     async def readyz() -> dict[str, str]:
         await service.ready()
         return {"status": "ready"}
 
-    @app.get("/metrics", summary="What Cellray does on the whole cluster, for Prometheus", response_class=Response)
+    @app.get(
+        "/metrics",
+        summary="What Cellray does on the whole cluster, for Prometheus",
+        responses=answers.METRICS_ANSWERS,
+        response_class=Response,
+    )
     async def metrics() -> Response:
         """Replicas report every few seconds."""
         return Response(await scrape.cluster_metrics(), media_type=scrape.CONTENT_TYPE)
 
-    @app.get("/v1/models", summary="The models that are served, their hashes, sizes and licences")
+    @app.get(
+        "/v1/models",
+        summary="The models that are served, their hashes, sizes and licences",
+        responses=answers.MODELS_ANSWERS,
+    )
     async def models() -> list[dict[str, Any]]:
         return [
             {**asdict(info), "embedding_shape": info.embedding_shape, "note": None if info.trained else UNTRAINED}
@@ -86,7 +100,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     @app.get(
         "/v1/models/{model}/decoder.onnx",
         summary="A model's decoder, for browsers and other programs that have embeddings",
-        responses={**ERRORS, 200: {"content": {ONNX_TYPE: {}}}},
+        responses=answers.ONNX_ANSWERS,
         response_class=Response,
     )
     async def onnx(request: Request, model: str) -> Response:
@@ -99,7 +113,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     @app.post(
         "/v1/embed",
         summary="An image's embedding, or those of many",
-        responses=EMBEDDING_ANSWERS,
+        responses=answers.EMBEDDING_ANSWERS,
         response_class=Response,
         openapi_extra=bodies.documented(None),
     )
@@ -123,10 +137,10 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     @app.get(
         "/v1/embeddings/{embedding_id}",
         summary="An embedding made before",
-        responses={**EMBEDDING_ANSWERS, 304: {"description": "as If-None-Match"}},
+        responses={**answers.EMBEDDING_ANSWERS, **answers.SAME},
         response_class=Response,
     )
-    async def embeddings(request: Request, embedding_id: str, pooled: Pooled = False) -> Response:
+    async def embeddings(request: Request, embedding_id: Identity, pooled: Pooled = False) -> Response:
         """As `/v1/embed` answers; what an id names never changes, so caches may keep it."""
         accept = request.headers.get("accept", "")
         tag = answers.tag(embedding_id, accept, pooled)
@@ -148,7 +162,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     @app.post(
         "/v1/segment",
         summary="Masks from boxes, points and earlier masks",
-        responses=MASKS_ANSWERS,
+        responses=answers.MASKS_ANSWERS,
         response_class=Response,
         openapi_extra=bodies.documented(SegmentBody.model_json_schema(ref_template=COMPONENTS)),
     )
@@ -158,7 +172,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
         one label map of uint16 in place of JSON: object i + 1 for prompt i."""
         sent = await bodies.read(request, limit)
         body = SegmentBody.parse(sent.text)
-        prompts = body.prompts()
+        prompts = body.prompts(service.limits.prompts)
         found, info = await image_of(body, sent.image())
         low = body.resolution == "low"
         asked = DecodeRequest(found.array, found.original, prompts, body.multimask, low, body.logits)
@@ -169,7 +183,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     @app.post(
         "/v1/automask",
         summary="Masks of every object",
-        responses=MASKS_ANSWERS,
+        responses=answers.MASKS_ANSWERS,
         response_class=Response,
         openapi_extra=bodies.documented(AutomaskBody.model_json_schema(ref_template=COMPONENTS)),
     )
@@ -183,7 +197,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
         accept = request.headers.get("accept", "")
         return await to_thread.run_sync(answers.segmentation, masks, found, info, accept, body.encoding, False)
 
-    @app.get("/v1/images", summary="The images of the service's data sets", responses=ERRORS)
+    @app.get("/v1/images", summary="The images of the service's data sets", responses=answers.IMAGES_ANSWERS)
     async def images(
         limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 24,
         after: Annotated[str, Query(description="`next` of the answer before")] = "",
@@ -195,11 +209,11 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     @app.get(
         "/v1/images/{image_id}",
         summary="What an image of the data sets looks like",
-        responses={**ERRORS, 200: {"content": {"image/jpeg": {}}}},
+        responses=answers.PREVIEW_ANSWERS,
         response_class=Response,
     )
     async def preview(
-        request: Request, image_id: str, size: Annotated[int, Query(ge=16, le=MOST_PREVIEW)] = PREVIEW
+        request: Request, image_id: Identity, size: Annotated[int, Query(ge=16, le=MOST_PREVIEW)] = PREVIEW
     ) -> Response:
         """A JPEG whose long side has at most `size` pixels, with contrast as the model sees it."""
         tag = f'"{image_id}.{size}"'
@@ -230,6 +244,19 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     return await _error(request, InvalidInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """There is no such path, or not with that method."""
+    assert isinstance(error, HTTPException)
+    missing = error.status_code == NotFound.http_status
+    path = request.url.path[:PATH_SHOWN]
+    response = answers.error(
+        NotFound(f"there is nothing at {path}") if missing else InvalidInput(f"{path}: {error.detail}")
+    )
+    response.status_code = error.status_code
+    response.headers.update(error.headers or {})
+    return response
 
 
 class Edge:

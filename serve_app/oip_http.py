@@ -12,7 +12,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 
-from cluster.errors import InvalidInput, NotFound, TooLarge, UnsupportedImage
+from cluster.errors import InvalidInput, TooLarge, UnsupportedImage
 from cluster.settings import MIB
 from serve_app import bodies, oip
 from serve_app.answers import ERRORS
@@ -98,10 +98,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
         asked, given = await to_thread.run_sync(parse, body, request.headers.get(HEADER))
         found = await oip.infer(service, half, given, [one.name for one in asked.outputs])
         return await to_thread.run_sync(answer, name, asked, found)
-
-    @app.api_route("/v2/{path:path}", methods=["GET", "POST"], include_in_schema=False)
-    async def nothing(path: str) -> None:
-        raise NotFound(f"there is nothing at /v2/{path[: oip.SHOWN]}")
 
 
 def parse(body: bytes, header: str | None) -> tuple[InferRequest, list[Given]]:

@@ -87,7 +87,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
         port = _free_port()
         serve_config["http_options"]["port"] = _free_port()
         serve_config["grpc_options"] = {"port": port, "grpc_servicer_functions": [GRPC], "enable_reflection": False}
-        with session.local(serve_config, print) as started:
+        with session.local(serve_config, print, _free_port()) as started:
             # Ray has put handlers of its own in the place of pytest's, and what they write is captured and lost.
             faulthandler.enable(pytestconfig.stash[fault_handler_stderr_fd_key])
             yield App(started.http, f"127.0.0.1:{port}", started.dashboard, str(config), endpoint, dataset, shown)

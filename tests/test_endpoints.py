@@ -235,4 +235,4 @@ def test_logits_that_are_not_are_named() -> None:
 
     body = SegmentBody.parse('{"masks": [{"shape": [1, 1], "data": "?"}]}')
     with pytest.raises(InvalidPrompt, match="not base64"):
-        body.prompts()
+        body.prompts(9)

@@ -126,6 +126,8 @@ SEGMENT_ERRORS = [
     ({"boxs": []}, 422, "InvalidPrompt", "boxs"),
     ({"boxes": [[1, 1, 2, 2]], "model": "nope"}, 404, "NotFound", "'nope' is not served"),
     ({"boxes": [[1, 1, 2, 2]] * 5000}, 422, "InvalidPrompt", "5000 prompts"),
+    ({"points": [[[1, 1]] * 129]}, 422, "InvalidPrompt", "129 points for one object"),
+    ({"boxes": [[1, 1, 2, 2]], "multimask": "yes"}, 422, "InvalidPrompt", "multimask"),
 ]
 
 
@@ -168,7 +170,9 @@ def test_refuses_bodies_of_the_wrong_kind(http: httpx.Client, image: bytes) -> N
     assert post("/v1/segment", files={"image": ("c.png", image)}).status_code == 400
     both = {"request": json.dumps({"embedding_id": "0" * 64, "boxes": [[1, 1, 2, 2]]})}
     assert post("/v1/segment", files={"image": ("c.png", image)}, data=both).status_code == 400
-    assert http.get("/nothing").status_code == 404
+    for method, path, status in (("GET", "/nothing", 404), ("PUT", "/v1/embed", 405)):
+        answer = http.request(method, path)
+        assert (answer.status_code, set(answer.json())) == (status, {"error", "error_type"})
 
 
 @pytest.mark.parametrize("declared", [True, False])

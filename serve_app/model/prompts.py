@@ -10,6 +10,7 @@ import numpy as np
 from cluster.errors import InvalidInput, InvalidPrompt
 from serve_app.model.preprocess import Size, resize
 
+MAX_CLICKS = 128  # of one object: a decoder's memory grows with them
 MAX_GRID = 128
 MAX_CROP_LAYERS = 3  # 84 crops
 MAX_POINTS = 100_000  # on all crops together
@@ -63,6 +64,7 @@ class Prompts:
             if self.points.ndim != 3 or self.points.shape[2] != 2 or self.labels.shape != self.points.shape[:2]:
                 found = f"{list(self.points.shape)} and {list(self.labels.shape)}"
                 raise InvalidPrompt(f"points must be [N, K, 2] and labels [N, K], found {found}")
+            check_clicks(self.points.shape[1])
             if self.boxes is not None and len(self.boxes) != len(self.points):
                 raise InvalidPrompt(f"{len(self.boxes)} boxes but {len(self.points)} sets of points")
             if not np.isin(self.labels, (-1, 0, 1)).all():
@@ -82,6 +84,12 @@ class Prompts:
                 raise InvalidPrompt(f"masks must be [N, h, w] with N = {len(self)}, found {list(self.masks.shape)}")
             if self.masks.dtype.kind != "f" or not np.isfinite(self.masks).all():
                 raise InvalidPrompt("masks must be finite floating-point logits")
+
+
+def check_clicks(points: int) -> None:
+    """Of one object. Raises InvalidPrompt."""
+    if points > MAX_CLICKS:
+        raise InvalidPrompt(f"{points} points for one object; the limit is {MAX_CLICKS}")
 
 
 @dataclass(frozen=True, slots=True)
