@@ -119,7 +119,7 @@ def serve(config: dict[str, Any], wait: Callable[[], None]) -> int:
     model = ((config["applications"][0].get("args") or {}).get("models") or [MODEL])[0]
     with session.local(config, say) as started:
         print(
-            f"\nHTTP        {started.http}\n"
+            f"\npage        {started.http}   click, and there is a mask\n"
             f"API docs    {started.http}/docs\n"
             f"dashboard   {started.dashboard}\n\n"
             f"submit      export RAY_AUTH_MODE=token RAY_ADDRESS={started.dashboard}\n"
