@@ -42,7 +42,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
     BATCH_ITEMS: ("images, or requests for masks, in a batch", ("model", "part"), ITEMS),
     BYTES_IN: ("bytes of bodies that came in", ("route",), ()),
     BYTES_OUT: ("bytes of bodies that went out", ("route",), ()),
-    CACHE: ("embeddings looked up in memory; result is hit or miss", ("result",), ()),
+    CACHE: ("embeddings found in memory (hit), or read or made (miss), by result", ("result",), ()),
     REJECTED: ("requests that were refused: no key, over the rate, too large, busy", ("reason",), ()),
 }
 

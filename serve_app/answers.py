@@ -183,7 +183,7 @@ def segmentation(
 
     In a label map object i is i + 1: of a prompt (`by_prompt`) its best mask, or the i-th mask; the smaller lie on top.
     """
-    if PNG in accept or RAW in accept:
+    if is_map(accept):
         return _label_map(found, info, PNG in accept, by_prompt)
     height, width = embedding.original
     answer = {
@@ -196,6 +196,11 @@ def segmentation(
         "masks": [_mask(found, index, encoding) for index in range(len(found))],
     }
     return JSONResponse(answer)
+
+
+def is_map(accept: str) -> bool:
+    """Whether a label map is asked for."""
+    return PNG in accept or RAW in accept
 
 
 def _mask(found: MaskSet, index: int, encoding: str) -> dict[str, Any]:

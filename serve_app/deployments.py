@@ -93,12 +93,27 @@ def _use_cores() -> None:
     memory.keep()
 
 
+class _Crowd:
+    """The calls under way at a batched method: one that is alone waits for no others to join it."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.calls = method, 0
+
+    def __enter__(self) -> None:
+        self.calls += 1
+        self.method.set_batch_wait_timeout_s(BATCH_WAIT_S if self.calls > 1 else 0.0)
+
+    def __exit__(self, *_: object) -> None:
+        self.calls -= 1
+
+
 class EncoderReplica:
     """Images → embeddings. Holds the encoder's half of the checkpoint and nothing of the decoder's."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         started = time.perf_counter()
         _use_cores()
+        self.crowd = _Crowd(self._encode)
         model = models.find(settings, name)
         device = encoder.check_device("auto")
         self.encoder = encoder.load(models.prepare(settings, name), model.runtime, device, model.dtype)
@@ -115,7 +130,8 @@ class EncoderReplica:
     async def encode(self, images: Items, dtype: str = DTYPE) -> Timed[np.ndarray | CellrayError]:
         """[h, w, 3] uint8 images with long side S → [C, g, g] of `dtype`, one of DTYPES, each, or an error in its
         place."""
-        answer = await self._encode(_Images(images, dtype))
+        with self.crowd:
+            answer = await self._encode(_Images(images, dtype))
         _log_call("encoded", answer)
         return answer
 
@@ -178,6 +194,7 @@ class DecoderReplica:
 
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
+        self.crowd = _Crowd(self._segment)
         self.automasks, self.exporting = asyncio.Semaphore(AUTOMASKS), asyncio.Lock()
         self.exported: tuple[str, bytes] | None = None  # the ONNX file, and whose
         self.settings, self.name, self.serving = settings, name, False
@@ -222,7 +239,8 @@ class DecoderReplica:
         """One MaskSet a request, or an error in its place. Raises Conflict."""
         if self.loaded.decoder is None:
             return Timed([checkpoint.no_decoder()] * len(requests), self.name, 0.0)
-        found, loaded = await self._segment(requests)
+        with self.crowd:
+            found, loaded = await self._segment(requests)
         loaded.check(decoder_sha256)
         _log_call("segmented", found)
         return found

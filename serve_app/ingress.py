@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from serve_app.bodies import NAMED, AutomaskBody, ImageBody, SegmentBody
 from serve_app.contract import Embedding, ModelInfo
 from serve_app.guard import Guard, Guarded
 from serve_app.journal import Journal
+from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import DecodeRequest
 from serve_app.service import Service, Stored
 
@@ -32,6 +34,7 @@ log = logging.getLogger("ray.serve")
 UNTRAINED = "untrained: random weights, the numbers mean nothing"
 COMPONENTS = "#/components/schemas/{model}"  # where FastAPI keeps its models' schemas
 MOST_LISTED = 100
+FEW = 8  # masks that are written at once, others in a thread
 PREVIEW, MOST_PREVIEW = 1024, 4096  # pixels of the long side
 PATH_SHOWN = 100  # characters
 ONNX_TYPE = "application/octet-stream"
@@ -177,8 +180,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
         low = body.resolution == "low"
         asked = DecodeRequest(found.array, found.original, prompts, body.multimask, low, body.logits)
         masks = await service.segment(asked, info.name)
-        accept = request.headers.get("accept", "")
-        return await to_thread.run_sync(answers.segmentation, masks, found, info, accept, body.encoding, True)
+        return await _answered(request, masks, found, info, body.encoding, True)
 
     @app.post(
         "/v1/automask",
@@ -194,8 +196,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
         options = body.options()
         found, info = await image_of(body, image)
         masks = await service.automask(found, info, options, image)
-        accept = request.headers.get("accept", "")
-        return await to_thread.run_sync(answers.segmentation, masks, found, info, accept, body.encoding, False)
+        return await _answered(request, masks, found, info, body.encoding, False)
 
     @app.get("/v1/images", summary="The images of the service's data sets", responses=answers.IMAGES_ANSWERS)
     async def images(
@@ -226,6 +227,15 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
 
     oip_http.add_routes(app, service)
     return app
+
+
+async def _answered(
+    request: Request, masks: MaskSet, found: Embedding, info: ModelInfo, encoding: str, by_prompt: bool
+) -> Response:
+    accept = request.headers.get("accept", "")
+    made = partial(answers.segmentation, masks, found, info, accept, encoding, by_prompt)
+    quick = len(masks) <= FEW and encoding == "rle" and not answers.is_map(accept)
+    return made() if quick else await to_thread.run_sync(made)
 
 
 def _jpeg(pixels: Any, size: int) -> bytes:

@@ -103,6 +103,7 @@ class Service:
         known = self.store.recall(embedding_id)
         if known:
             return known
+        telemetry.count(telemetry.CACHE, result="miss")
         image: ModelImage = await self._decode(preprocess.prepare, data, info.image_size, self.limits.image_pixels)
         (array,) = await self._call(self.encoders[info.name].encode.remote([image.pixels]))
         embedding = Embedding(
@@ -150,7 +151,9 @@ class Service:
             NotFound: there is none, or none of the served models has its encoder.
         """
         infos = [await self.info(model)] if model else await self._infos()
-        found = await self._thread(self._stored, what, infos)
+        found = self.store.recall(what.embedding_id) if what.embedding_id else None
+        if found is None:
+            found = await self._thread(self._stored, what, infos)
         for info in infos:
             if info.encoder_sha256 == found.encoder_sha256:
                 return found, info

@@ -60,7 +60,8 @@ class EmbeddingStore:
             if found:
                 self.memory.move_to_end(found)
             known = self.memory.get(found)
-        telemetry.count(telemetry.CACHE, result="hit" if known else "miss")
+        if known:
+            telemetry.count(telemetry.CACHE, result="hit")
         return known
 
     def get(self, *embedding_ids: str) -> Embedding:
@@ -170,6 +171,7 @@ class EmbeddingStore:
 
     def _read(self, place: Place) -> Embedding | None:
         with self._moving(), telemetry.timing(telemetry.STORAGE_READ_SECONDS):
+            telemetry.count(telemetry.CACHE, result="miss")
             found = next(dataset.open_embeddings(self.storage, place.uri, [place.row]))
             self.put(found)
             return found
