@@ -26,6 +26,7 @@ bench: $(READY)  ## ratios against peers; each prints a table and one line of JS
 	$(BIN)/python -m tests.benchmarks.faults
 	$(BIN)/python -m tests.benchmarks.encoder
 	$(BIN)/python -m tests.benchmarks.decoder
+	$(BIN)/python -m tests.benchmarks.serving
 	$(BIN)/python -m tests.benchmarks.nano
 	$(BIN)/python -m tests.benchmarks.finetune
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Before anything imports Ray: it keeps its auth token, and we our weights, under HOME.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # many processes share few cores here: none shall wait by spinning
 os.environ["HOME"] = tempfile.mkdtemp(prefix="cellray-test-home-")
 os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
