@@ -12,7 +12,6 @@ import pytest
 
 from cluster.errors import DeadlineExceeded
 from cluster.settings import Limits, Settings
-from serve_app.model import preprocess
 from serve_app.service import Service
 
 PROGRAM = """
@@ -51,14 +50,14 @@ def test_only_what_never_ends_ends_the_process(endless: str) -> None:
         assert "endless" in done.stderr
 
 
-def test_a_request_does_not_wait_for_a_decoder_longer_than_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "prepare", lambda *_: time.sleep(2))
+def test_a_request_does_not_wait_for_a_decoder_longer_than_its_deadline() -> None:
     service = Service(Settings(limits=Limits(request_timeout_s=0.2)), [], [])
     start = time.monotonic()
 
     async def ask() -> None:
-        with pytest.raises(DeadlineExceeded, match=r"not read within 0\.2 s"):
-            await service._decode(service._prepare, b"", 64)
+        with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.2 s"):
+            async with service.deadline():
+                await service._decode(lambda: time.sleep(2))
         assert time.monotonic() - start < 1.5
 
     asyncio.run(ask())
