@@ -36,7 +36,6 @@ COMPONENTS = "#/components/schemas/{model}"  # where FastAPI keeps its models' s
 MOST_LISTED = 100
 FEW = 8  # masks that are written at once, others in a thread
 PREVIEW, MOST_PREVIEW = 1024, 4096  # pixels of the long side
-PATH_SHOWN = 100  # characters
 ONNX_TYPE = "application/octet-stream"
 SHA256 = {"pattern": "^[0-9a-f]{64}$"}
 Identity = Annotated[str, Path(description="sha256 in hex", json_schema_extra=SHA256)]
@@ -256,14 +255,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return await _error(request, InvalidInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
-    """There is no such path, or not with that method."""
+async def _no_route(_: Request, error: Exception) -> Response:
+    """There is no such path, or not with that method. What was asked for is not repeated: a key may be in it."""
     assert isinstance(error, HTTPException)
     missing = error.status_code == NotFound.http_status
-    path = request.url.path[:PATH_SHOWN]
-    response = answers.error(
-        NotFound(f"there is nothing at {path}") if missing else InvalidInput(f"{path}: {error.detail}")
-    )
+    text = f"{error.detail}: /docs has all that there is"
+    response = answers.error(NotFound(text) if missing else InvalidInput(text))
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
     return response
