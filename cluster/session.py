@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cluster.settings import MIB
 
 LOCAL_OBJECT_STORE_BYTES = 512 * MIB
 DASHBOARD_PORT = 8265
-AGENT_PORT = 52365  # of Ray's agent, who starts submitted jobs; `ray.init` takes no other
+AGENT_PORT = 52365  # of Ray's agent, who starts submitted jobs
 READY_TIMEOUT_S = 300.0
 POLL_S = 0.5
 UNHEALTHY = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -43,7 +44,8 @@ def connect() -> None:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(
-            "no Ray cluster answers: start one with `make serve`, or submit this with `ray job submit`"
+            "no Ray cluster answers: start one with `make serve`, or submit this with `ray job submit` "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -105,11 +107,9 @@ def local(
     folder = tempfile.mkdtemp(prefix="cellray-", dir="/tmp")  # short: Ray's socket paths may have 107 bytes
     http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **(config.get("http_options") or {})}
     http["port"] = _free_port(http["port"])
-    if _free_port(AGENT_PORT) != AGENT_PORT:
-        say(f"port {AGENT_PORT} is taken, by another Ray perhaps: `ray job submit` will find no agent in this one")
     try:
         say("starting Ray")
-        with keeping_sigterm():
+        with keeping_sigterm(), _agent_port(_free_port(AGENT_PORT, "")):
             context = ray.init(
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
@@ -119,6 +119,8 @@ def local(
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+        # As `ray start` does: Ray tells submitted jobs this cluster's address, else that of any on this machine.
+        Path(folder, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
         dashboard = f"http://{context.dashboard_url}"
         say("deploying")
         _deploy(dashboard, {**config, "http_options": http})
@@ -129,6 +131,20 @@ def local(
             serve.shutdown()
             ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _agent_port(port: int) -> Iterator[None]:
+    """What is started within has its agent there: `ray.init` has no argument for it, only `ray start` does."""
+    from ray._private import parameter
+
+    params: Any = parameter.RayParams
+    made = params.__init__
+    params.__init__ = partialmethod(made, dashboard_agent_listen_port=port)
+    try:
+        yield
+    finally:
+        params.__init__ = made
 
 
 def _deploy(dashboard: str, config: Mapping[str, Any]) -> None:
@@ -174,13 +190,14 @@ def _last_line(reasons: list[str]) -> str:
     return (ours or lines or ["no reason given"])[-1].removeprefix("cluster.errors.")
 
 
-def _free_port(wanted: int) -> int:
+def _free_port(wanted: int, host: str = "127.0.0.1") -> int:
+    """`host` "" is all addresses."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
                 return int(probe.getsockname()[1])
             except OSError:
                 continue
-    raise Unavailable("no free port on 127.0.0.1")
+    raise Unavailable(f"no free port on {host or 'this machine'}")

@@ -52,7 +52,7 @@ class App:
     shown: str
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below those that the system gives to whoever asks for any, as the many processes of Ray do."""
     while True:
         port = random.randrange(20_000, 30_000)
@@ -85,10 +85,10 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
         config.write_text(yaml.safe_dump(settings))
         serve_config = yaml.safe_load((DEPLOY / "serve.local.yaml").read_text())
         serve_config["applications"][0]["args"]["config"] = str(config)
-        port = _free_port()
-        serve_config["http_options"]["port"] = _free_port()
+        port = free_port()
+        serve_config["http_options"]["port"] = free_port()
         serve_config["grpc_options"] = {"port": port, "grpc_servicer_functions": [GRPC], "enable_reflection": False}
-        with session.local(serve_config, print, _free_port()) as started:
+        with session.local(serve_config, print, free_port()) as started:
             # Ray has put handlers of its own in the place of pytest's, and what they write is captured and lost.
             faulthandler.enable(pytestconfig.stash[fault_handler_stderr_fd_key])
             yield App(started.http, f"127.0.0.1:{port}", started.dashboard, str(config), endpoint, dataset, shown)
