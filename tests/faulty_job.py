@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def main(address: str, log: str) -> int:
                 "env_vars": {"PYTHONPATH": str(ROOT)},
                 "worker_process_setup_hook": "tests.faulty_job.set_up",
             }
+            # Ray goes on counting the tasks of a killed driver by their function's id, which drivers do not share.
+            embed._shard._uuid = uuid.uuid4()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
             return embed.main(json.loads(line))
         print(driver, flush=True)

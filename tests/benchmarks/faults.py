@@ -50,7 +50,7 @@ BROKEN = 1  # images of every fourth shard that are none: an errors file, and em
 KILLS_A_RUN, OTHERS_A_RUN = 8, 14  # that are placed
 ATTEMPTS, ATTEMPT_S = 40, 180.0
 LEAST_FAULTS, MOST_WASTED = 300, 0.1
-INPUT, OUTPUT = "plates", "results"
+INPUT, FOLDER, OUTPUT = "plates", "day", "results"
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Bench:
         self.faults.begin(name, share, placed)
         kind = "with" if share else "without"
         before, start = self._calls(), time.monotonic()
-        words = [f"s3://{INPUT}", f"s3://{OUTPUT}/{name}", "--model", faulty_job.MODEL, "--config", str(config)]
+        words = [f"s3://{INPUT}/{FOLDER}", f"s3://{OUTPUT}/{name}", "--model", faulty_job.MODEL, "--config", str(config)]
         words += ["--shard-images", str(SHARD_IMAGES), "--batch", "1", "--max-error-rate", "0.9"]
         words += ["--limit", str(limit), "--progress-every", "1000"]
         exits = []
@@ -161,12 +161,12 @@ def compare(golden: dict[str, dict[str, Any]], rows: list[tuple[str, dict[str, A
 
 
 def write_images(s3: Any, images: int) -> tuple[dict[str, np.ndarray | None], dict[int, int]]:
-    """Small PNGs in INPUT, some of them none: URI → what the encoder makes of it; an image's number → its shard."""
+    """Small PNGs in the input, some of them none: URI → what the encoder makes of it; an image's number → its shard."""
     expected: dict[str, np.ndarray | None] = {}
     numbers = {}
     rng, path = np.random.default_rng(0), Path(tempfile.mkdtemp()) / "image.png"
     for index in range(images):
-        key, shard = f"{index:04d}.png", index // SHARD_IMAGES
+        key, shard = f"{FOLDER}/{index:04d}.png", index // SHARD_IMAGES
         pixels = rng.integers(0, 256, (faulty_job.SIDE * 3 // 4, faulty_job.SIDE, 3), np.uint8)
         broken = shard % 4 == 3 and index % SHARD_IMAGES < BROKEN
         Image.fromarray(pixels).save(path)
