@@ -74,8 +74,17 @@ class Bench:
         self.faults.begin(name, share, placed)
         kind = "with" if share else "without"
         before, start = self._calls(), time.monotonic()
-        words = [f"s3://{INPUT}/{FOLDER}", f"s3://{OUTPUT}/{name}", "--model", faulty_job.MODEL, "--config", str(config)]
-        words += ["--shard-images", str(SHARD_IMAGES), "--batch", "1", "--max-error-rate", "0.9"]
+        words = [f"s3://{INPUT}/{FOLDER}", f"s3://{OUTPUT}/{name}", "--model", faulty_job.MODEL]
+        words += [
+            "--config",
+            str(config),
+            "--shard-images",
+            str(SHARD_IMAGES),
+            "--batch",
+            "1",
+            "--max-error-rate",
+            "0.9",
+        ]
         words += ["--limit", str(limit), "--progress-every", "1000"]
         exits = []
         while len(exits) < ATTEMPTS and exits[-1:] != [0]:
