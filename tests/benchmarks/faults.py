@@ -85,7 +85,7 @@ class Bench:
             "--max-error-rate",
             "0.9",
         ]
-        words += ["--limit", str(limit), "--progress-every", "1000"]
+        words += ["--max-error-rate", "0.9", "--limit", str(limit), "--progress-every", "1000"]
         exits = []
         while len(exits) < ATTEMPTS and exits[-1:] != [0]:
             exits.append(self._attempt(words))
