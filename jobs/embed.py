@@ -20,7 +20,7 @@ from jobs.driver import Job
 from jobs.images import Entry
 from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
-from jobs.shards import Done, Pipeline, Progress, sound, written
+from jobs.shards import TASK_CPUS, Done, Pipeline, Progress, sound, written
 from serve_app import contract, dataset
 from serve_app.commit import ShardWriter
 from serve_app.contract import DTYPE, POOLED, Embedding, ModelInfo
@@ -134,7 +134,7 @@ def embedding(read: ReadImage, array: np.ndarray, info: ModelInfo, kept: str = D
     )
 
 
-@ray.remote(num_cpus=1, max_retries=0)
+@ray.remote(num_cpus=TASK_CPUS, max_retries=0)
 def _shard(
     settings: Settings,
     out: str,

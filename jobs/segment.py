@@ -26,7 +26,7 @@ from jobs.images import Entry
 from jobs.parts import Part, ReadImage, cost, expanded, name_of, only_part
 from jobs.plan import Listing, Plan
 from jobs.prompts import ImagePrompts
-from jobs.shards import Done, Pipeline, Progress, sound, written
+from jobs.shards import TASK_CPUS, Done, Pipeline, Progress, sound, written
 from jobs.stored import FAILED, Row, StoredEmbeddings
 from jobs.views import View
 from serve_app import dataset
@@ -283,7 +283,7 @@ class _Segmenter:
         )
 
 
-@ray.remote(num_cpus=1, max_retries=0)
+@ray.remote(num_cpus=TASK_CPUS, max_retries=0)
 def _shard(
     settings: Settings,
     out: str,

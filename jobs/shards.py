@@ -39,6 +39,7 @@ IN_FLIGHT_BYTES = 256 * MIB  # read and waiting for a replica, a task
 READERS = 4
 CALLS = 3  # handle calls a task keeps open: one runs, one waits at the replica, one is on its way
 ATTEMPTS = 6  # of a read or a call whose other end was away or busy: about half a minute in all
+TASK_CPUS = 0.5  # a core, half the time: while a task publishes its shard, the next one's reads
 SHARD_ATTEMPTS = 3  # of a task whose worker died; before the last its images are tried one by one
 PROBE_ATTEMPTS = 2  # of an image: one that ends so many workers that do nothing else is left out
 BACKOFF_S = 1.0
@@ -58,6 +59,7 @@ class Progress:
     bytes_written: int = 0
     encoder_calls: int = 0
     retries: int = 0
+    written: bool = False  # all of its rows; what is left is to publish them
     memory_mb: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -188,6 +190,8 @@ def written(
             failures = 0
         if rows % pipeline.batch == 0:
             yield measured(progress)
+    progress.written = True
+    yield measured(progress)
     record = writer.commit()
     progress.bytes_written = sum(file.bytes for file in record.files)
     yield measured(progress)
@@ -202,7 +206,8 @@ def run(
     report: Callable[[list[Progress]], bool],
 ) -> list[Progress]:
     """Run `task.remote(*arguments, index, sources(index), poisoned)` for each index of `shards`, at most `parallel` at
-    a time. `arguments` begin with the settings; `poisoned` are the URIs of images that no worker survives.
+    a time, and as many again that only publish what they wrote: that costs time, not CPU. `arguments` begin with the
+    settings; `poisoned` are the URIs of images that no worker survives.
 
     `task` is a Ray remote function that yields Progress. `report` is called first, and then about once a second with
     what is new; once it answers False no more shards are begun, and those that are come to their end.
@@ -213,11 +218,15 @@ def run(
     attempts: dict[int, int] = {}
     running: dict[Any, int] = {}
     poisoned: dict[int, frozenset[str]] = {}
+
+    def working() -> int:
+        return sum(index not in latest or not latest[index].written for index in running.values())
+
     try:
         while waiting or running:
             if not report(list(latest.values())):
                 waiting.clear()
-            while waiting and len(running) < parallel:
+            while waiting and len(running) < 2 * parallel and working() < parallel:
                 index = waiting.popleft()
                 attempts[index] = attempts.get(index, 0) + 1
                 own = index, sources(index), poisoned.get(index, frozenset())
