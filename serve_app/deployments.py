@@ -26,7 +26,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster import memory, session, telemetry
-from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
+from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings, Overloaded
 from cluster.settings import Frozen, Settings, WeightsSettings
 from serve_app import handle, ingress, models
 from serve_app.batches import Batches
@@ -286,6 +286,8 @@ def deployment(replica: Callable[..., Any], name: str) -> serve.Deployment:
         name=name,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
+        backpressure_config={"retry_after_s": Overloaded.retry_after_s},
         graceful_shutdown_timeout_s=60,
+        max_surge_percent=100,  # an update's new replicas are ready before old ones end
     )
     return bounds(replica)
