@@ -39,7 +39,7 @@ TIMEOUT_S = 120.0  # of a call, with all that is tried
 IN_FLIGHT = 8  # images
 BACKOFF_S = 0.5
 MOST_ATTEMPTS = 8
-BUSY = (429, 503)
+AWAY = (429, 500, 502, 503)  # of what lies before the service: Serve answers 500 for an ingress that it lost
 SERVE = "serve://"
 
 Image = str | os.PathLike[str] | bytes  # a file's path, or its bytes
@@ -166,8 +166,8 @@ class AsyncClient:
                 answer = await self.http.request(method, path, timeout=max(0.1, end - time.monotonic()), **sent)
                 if answer.status_code < 400:
                     return answer
-                error, after = _error(answer), float(answer.headers.get("retry-after", 0))
-                if answer.status_code not in BUSY:
+                error, after = _error(answer), _after(answer)
+                if not error.retry or isinstance(error, DeadlineExceeded):
                     raise error
             except httpx.TimeoutException:
                 raise DeadlineExceeded(f"{self.url}{path} did not answer within {self.timeout_s:g} s") from None
@@ -296,6 +296,12 @@ def _masks(answer: dict[str, Any]) -> Masks:
     return Masks(answer["model"], answer["trained"], answer["embedding_id"], answer["image_id"], masks)
 
 
+def _after(answer: httpx.Response) -> float:
+    """Seconds to wait, where it says so; a date is not looked at."""
+    said = answer.headers.get("retry-after", "")
+    return float(said) if said.isascii() and said.isdigit() else 0.0
+
+
 def _error(answer: httpx.Response) -> CellrayError:
     """As the service raised it; of what lies before the service, by status."""
     try:
@@ -306,6 +312,8 @@ def _error(answer: httpx.Response) -> CellrayError:
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     text = f"{answer.request.url} answered {answer.status_code}: {answer.text[:200]}"
-    if answer.status_code in BUSY or answer.status_code in (502, 504):
+    if answer.status_code in AWAY:
         return Unavailable(text)
+    if answer.status_code == DeadlineExceeded.http_status:
+        return DeadlineExceeded(text)
     return InvalidInput(text) if answer.status_code < 500 else Internal(text)

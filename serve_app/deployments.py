@@ -1,4 +1,4 @@
-"""The Serve deployments, the only file with @serve.deployment and @serve.batch. Replicas forward to plain objects.
+"""The Serve deployments, the only file with @serve.deployment. Replicas forward to plain objects.
 
 Options that depend on the machine (replicas, GPUs, queue lengths) belong in deploy/*.yaml; those here are bounds that
 hold wherever nothing else is said.
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster import memory, session, telemetry
-from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings
+from cluster.errors import CellrayError, Conflict, Internal, InvalidSettings, Overloaded
 from cluster.settings import Frozen, Settings, WeightsSettings
 from serve_app import handle, ingress, models
+from serve_app.batches import Batches
 from serve_app.contract import DTYPE, ModelInfo, Timed
 from serve_app.guard import Guard
 from serve_app.model import automask, checkpoint, decoder, encoder, onnx
@@ -44,7 +45,6 @@ MAX_QUEUED_REQUESTS = 128  # a handle; more are refused, and the caller is told 
 MAX_ONGOING_REQUESTS = 32
 BATCH_IMAGES = 8  # past 8, ViT encoders gain little (reference: segment-anything-fast)
 BATCH_REQUESTS = 16
-BATCH_WAIT_S = 0.005
 AUTOMASKS = 2  # images at once a replica, up to 512 MB each: one is decoded while masks of the other are encoded
 
 Items = list[np.ndarray]
@@ -76,11 +76,6 @@ class DecoderOptions(Frozen):
             raise InvalidSettings(f"user_config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _count(calls: Sequence[Sized]) -> int:
-    """Items in a batch of calls. One call always fits, however long: the model works it off in chunks."""
-    return sum(map(len, calls)) if len(calls) > 1 else 1
-
-
 def _log_call(did: str, answer: Timed[Any]) -> None:
     """With the id of the request that asked: Serve's logger adds it."""
     log.info(f"{did} {len(answer)} in {1000 * answer.ran_s:.1f} ms", extra={"ms": round(1000 * answer.ran_s, 1)})
@@ -93,27 +88,13 @@ def _use_cores() -> None:
     memory.keep()
 
 
-class _Crowd:
-    """The calls under way at a batched method: one that is alone waits for no others to join it."""
-
-    def __init__(self, method: Any) -> None:
-        self.method, self.calls = method, 0
-
-    def __enter__(self) -> None:
-        self.calls += 1
-        self.method.set_batch_wait_timeout_s(BATCH_WAIT_S if self.calls > 1 else 0.0)
-
-    def __exit__(self, *_: object) -> None:
-        self.calls -= 1
-
-
 class EncoderReplica:
     """Images → embeddings. Holds the encoder's half of the checkpoint and nothing of the decoder's."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         started = time.perf_counter()
         _use_cores()
-        self.crowd = _Crowd(self._encode)
+        self.batches = Batches(self._encode, BATCH_IMAGES)
         model = models.find(settings, name)
         device = encoder.check_device("auto")
         self.encoder = encoder.load(models.prepare(settings, name), model.runtime, device, model.dtype)
@@ -130,16 +111,10 @@ class EncoderReplica:
     async def encode(self, images: Items, dtype: str = DTYPE) -> Timed[np.ndarray | CellrayError]:
         """[h, w, 3] uint8 images with long side S → [C, g, g] of `dtype`, one of DTYPES, each, or an error in its
         place."""
-        with self.crowd:
-            answer = await self._encode(_Images(images, dtype))
+        answer = await self.batches(_Images(images, dtype))
         _log_call("encoded", answer)
         return answer
 
-    @serve.batch(
-        max_batch_size=BATCH_IMAGES,
-        batch_wait_timeout_s=BATCH_WAIT_S,
-        batch_size_fn=_count,
-    )
     async def _encode(self, calls: list[_Images]) -> list[Timed[np.ndarray | CellrayError]]:
         answers: dict[str, Iterator[np.ndarray | CellrayError]] = {}
         name, started = self.model_info.name, time.perf_counter()
@@ -194,7 +169,7 @@ class DecoderReplica:
 
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
-        self.crowd = _Crowd(self._segment)
+        self.batches = Batches(self._segment, BATCH_REQUESTS)
         self.automasks, self.exporting = asyncio.Semaphore(AUTOMASKS), asyncio.Lock()
         self.exported: tuple[str, bytes] | None = None  # the ONNX file, and whose
         self.settings, self.name, self.serving = settings, name, False
@@ -239,13 +214,11 @@ class DecoderReplica:
         """One MaskSet a request, or an error in its place. Raises Conflict."""
         if self.loaded.decoder is None:
             return Timed([checkpoint.no_decoder()] * len(requests), self.name, 0.0)
-        with self.crowd:
-            found, loaded = await self._segment(requests)
+        found, loaded = await self.batches(requests)
         loaded.check(decoder_sha256)
         _log_call("segmented", found)
         return found
 
-    @serve.batch(max_batch_size=BATCH_REQUESTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=_count)
     async def _segment(
         self, calls: list[list[DecodeRequest]]
     ) -> list[tuple[Timed[MaskSet | CellrayError], LoadedDecoder]]:
@@ -313,6 +286,8 @@ def deployment(replica: Callable[..., Any], name: str) -> serve.Deployment:
         name=name,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
+        backpressure_config={"retry_after_s": Overloaded.retry_after_s},
         graceful_shutdown_timeout_s=60,
+        max_surge_percent=100,  # an update's new replicas are ready before old ones end
     )
     return bounds(replica)

@@ -35,7 +35,11 @@ class HandleTransport(httpx.AsyncBaseTransport):
         try:
             async with asyncio.timeout(timeout):
                 status, headers, content = await call
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
         except TimeoutError as error:
+            call.cancel()
             raise httpx.ReadTimeout(f"no answer within {timeout} s") from error
         except (BackPressureError, RayActorError, DeploymentUnavailableError) as error:
             raise httpx.ConnectError(f"{type(error).__name__}: all replicas are busy, or one went away") from error

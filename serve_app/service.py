@@ -236,10 +236,13 @@ class Service:
             await self._call(handle.info.remote())
 
     async def _call(self, response: Any) -> Any:
-        """A replica's answer; Ray's errors become ours."""
+        """A replica's answer; Ray's errors become ours. What nobody waits for any more is not begun."""
         started = time.perf_counter()
         try:
             answer = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         except Exception as error:
             raise foreign(error) from error
         if isinstance(answer, Timed):

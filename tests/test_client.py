@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cluster.errors import DeadlineExceeded, InvalidImage, InvalidInput, InvalidPrompt, NotFound, Unavailable
+from cluster.errors import DeadlineExceeded, Internal, InvalidImage, InvalidInput, InvalidPrompt, NotFound, Unavailable
 from jobs import cli
 from serve_app import client
 from serve_app.client import AsyncClient, Client
@@ -121,7 +121,9 @@ BUSY = json.dumps({"error": "all replicas are busy", "error_type": "Overloaded"}
 
 def test_a_busy_service_is_asked_again_when_it_says(server: tuple[str, list[Any]]) -> None:
     url, plan = server
-    plan += [(503, {"retry-after": "1"}, BUSY), None, (429, {}, b"slow down")]
+    lost = (500, {}, b"Internal Server Error")  # as Serve has it
+    dated = (503, {"retry-after": "Sun, 22 Nov 2026 22:00:00 GMT"}, b"")
+    plan += [(503, {"retry-after": "1"}, BUSY), None, (429, {}, b"slow down"), lost, dated]
     start = time.monotonic()
     with Client(url) as made:
         assert made.models() == []
@@ -134,7 +136,9 @@ def test_a_busy_service_is_asked_again_when_it_says(server: tuple[str, list[Any]
         ((503, {"retry-after": "60"}, BUSY), Unavailable, "all replicas are busy"),
         ((502, {}, b"<html>no upstream"), Unavailable, "answered 502: <html>no upstream"),
         ((404, {}, b"not here"), InvalidInput, "answered 404: not here"),
-        ((500, {}, json.dumps({"error": "x", "error_type": "SystemExit"}).encode()), Exception, "answered 500"),
+        ((500, {}, json.dumps({"error": "x", "error_type": "SystemExit"}).encode()), Unavailable, "answered 500"),
+        ((500, {}, json.dumps({"error": "a defect", "error_type": "Internal"}).encode()), Internal, "a defect"),
+        ((504, {}, b"upstream"), DeadlineExceeded, "answered 504"),
         ((200, {"wait": "3"}, b"[]"), DeadlineExceeded, "did not answer within 2 s"),
     ],
 )
@@ -142,7 +146,8 @@ def test_what_cannot_be_had_in_time_is_an_error(
     server: tuple[str, list[Any]], answer: Any, kind: type[Exception], said: str
 ) -> None:
     url, plan = server
-    plan.append(answer)
+    status, headers, body = answer
+    plan += [(status, {**headers}, body) for _ in range(8)]
     with Client(url, timeout_s=2) as made, pytest.raises(kind, match=said):
         made.models()
 
