@@ -29,16 +29,6 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 GRPC = "serve_app.oip_messages.add_to_server"
 
 
-STARTS_RAY = ("test_faults.py", "test_session.py", "test_shards.py", "test_training_ranks.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2` all that needs a Ray runs one after the other in one process, the rest beside it."""
-    for item in items:
-        if "app" in getattr(item, "fixturenames", ()) or item.path.name in STARTS_RAY:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @dataclass(frozen=True)
 class App:
     """The running app: its URLs, the settings file it reads, the S3 server, and two data sets of the settings."""

@@ -22,8 +22,8 @@ from cluster.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 60.0
-# Of the server: large bodies in memory that is kept. By itself it gives each back to the system, and gets it anew: three
-# quarters of its CPU.
+# Of the server: large bodies in memory that is kept. Else it gives each back to the system and gets it anew, which is
+# three quarters of its CPU.
 KEPT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
