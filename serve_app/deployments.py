@@ -267,6 +267,8 @@ class IngressReplica(GrpcMethods):
     """HTTP and gRPC over a Service. `handles` are (encoder, decoder) of each model in turn."""
 
     def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle) -> None:
+        for one in handles:  # routed on the loop that calls them: each way, a change of threads less
+            one._init(_run_router_in_separate_loop=False)
         self.guard = Guard(settings.service, session.http_host())
         self.service = Service(settings, names, handles)
         self.inner = ingress.create_app(self.service, None)

@@ -108,7 +108,7 @@ class Bench:
         config = self.folder / f"{model}-{dtype}.yaml"
         made: dict[str, Any] = {"datasets": [str(self.folder / "stored")], "weights_dir": str(self.folder / "weights")}
         if model != "nano":
-            made["models"] = {model: {"source": str(self.checkpoint), "dtype": dtype}}
+            made["models"] = {model: {"source": str(self.checkpoint), "sha256": None, "dtype": dtype}}
         config.write_text(yaml.safe_dump(made))
         self.config = str(config)
         serve_config = pipeline.app(model, self.config)
@@ -308,10 +308,9 @@ class Bench:
         return path
 
     def _memory(self) -> int:
-        """Bytes of all replicas."""
-        names = ("ServeReplica",)
+        """Bytes that all replicas have to themselves, without what they see of Ray's object store."""
         children = psutil.Process().children(recursive=True)
-        return sum(one.memory_info().rss for one in children if any(name in " ".join(one.cmdline()) for name in names))
+        return sum(one.memory_full_info().uss for one in children if "ServeReplica" in " ".join(one.cmdline()))
 
     def _check(self, results: list[dict[str, float]]) -> None:
         bad = [one["status"] for one in results if one["status"] != 200]
