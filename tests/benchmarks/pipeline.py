@@ -185,7 +185,7 @@ def on_s3(temporary: Path, images: int) -> dict[str, float]:
 
 def on_efficiency(temporary: Path, _: int) -> dict[str, float]:
     config = temporary / "slow.yaml"
-    config.write_text(yaml.safe_dump({"models": {SLOW: {"source": "seeded:vit_b:0", "sha256": None}}}))
+    config.write_text(yaml.safe_dump({"models": {SLOW: {"source": "seeded:sam_vit_b:0", "sha256": None}}}))
     known = settings.load(str(config))
     bare = encoder.load(models.prepare(known, SLOW), "auto")
     paths = sorted((temporary / "images").iterdir())[:SLOW_IMAGES]
