@@ -9,8 +9,8 @@ SOAK clicks, after WARM.
 clicks: vit_b (random weights that draw blobs), CLIENTS clients, each clicking on one of as many images of a data set.
 decode_mean_batch: clicks a run of the decoder. decode_throughput_share: clicks a second, of those that the bare decoder
 does with batches of CLIENTS, in turns. click_bytes: a click's bytes on the wire, both ways.
-overload: vit_b in bfloat16 on /v1/embed. First what CLIENTS waiting clients get (peak), then five times that rate, whoever has been
-answered. goodput_5x: images a second then, of peak. reject_p99_ms: until a refused request is told so.
+overload: vit_b in bfloat16 on /v1/embed. First what CLIENTS waiting clients get (peak), then five times that rate,
+whoever has been answered. goodput_5x: images a second then, of peak. reject_p99_ms: until a refused request is told so.
 peers: 90 % clicks, 10 % new images, vit_b, CLIENTS clients, against tests/benchmarks/plain_server.py with the same
 weights, in float32 and in bfloat16. vs_plain_server: requests a second, of the better of its two rows.
 """
