@@ -1,16 +1,24 @@
-"""Shards whose workers die."""
+"""Shards one after the other, and those whose workers die."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
+from cluster.settings import Settings
+from jobs import shards
+from jobs.shards import TASK_CPUS, Progress
+from tests.conftest import App
 from tests.poison import DEADLY, ENDLESS, ROOT
 
 
@@ -26,3 +34,19 @@ def test_an_image_that_ends_its_workers_is_left_out_and_the_job_goes_on(tmp_path
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert lines == [[4, 0, 1], [4, 2, 3]]
     assert "3b.png ends its worker" in done.stderr
+
+
+def test_a_shard_is_begun_while_the_one_before_is_published(app: App, tmp_path: Path) -> None:
+    @ray.remote(num_cpus=TASK_CPUS, max_retries=0)
+    def work(_: Settings, folder: str, index: int, *rest: Any) -> Iterator[Progress]:
+        (Path(folder) / str(index)).touch()
+        yield Progress(index)
+        yield Progress(index, written=True)
+        deadline = time.monotonic() + 60
+        while not index and not (Path(folder) / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield Progress(index, written=True, images=len(list(Path(folder).iterdir())))
+
+    done = shards.run(work, (Settings(), str(tmp_path)), range(2), lambda _: [], 1, lambda _: True)
+    first = min(done, key=lambda progress: progress.shard)
+    assert first.images >= 2  # shards that were begun by its end
