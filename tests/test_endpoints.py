@@ -161,7 +161,6 @@ def test_the_images_of_the_data_sets_are_listed_and_shown(
         after = page["next"]
         if not after:
             break
-    uris = [one["image_uri"] for one in listed]
     rows = Counter((one["image_uri"], one["part"], one["embedding_id"]) for one in listed)
     assert max(rows.values()) <= 2  # once a data set: other tests may have put the same images into the other one
     coffee = next(one for one in listed if one["image_uri"] == str(sample_images / "coffee_rgb.png"))
