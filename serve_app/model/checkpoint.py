@@ -1,7 +1,8 @@
-"""Checkpoints: recognised by their shapes, split into an encoder and a decoder, kept as safetensors.
+"""Checkpoints: recognised by their shapes, split into encoder, decoder and CellSAM's detector, kept as safetensors.
 
-A split model is a folder: `encoder.safetensors`, `decoder.safetensors`, `model.json`. Each replica reads only its half.
-A checkpoint of an encoder alone gives no second file, and a card whose `decoder_sha256` is empty.
+A split model is a folder: `encoder.safetensors`, `decoder.safetensors`, of a CellSAM `detector.safetensors`, and
+`model.json`. Each replica reads only its part. A checkpoint of an encoder alone gives no second file, and a card whose
+`decoder_sha256` is empty.
 Sizes come from the tensors themselves, so any Segment Anything ViT is read, not only B, L and H.
 """
 
@@ -16,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ import torch
 from safetensors.torch import load_file, save
 
 from cluster.errors import InvalidCheckpoint
+from serve_app.model import cellsam_names
 from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
 from serve_app.model.state import State, shown
 
-ENCODER, DECODER = "encoder", "decoder"
+ENCODER, DECODER, DETECTOR = "encoder", "decoder", "detector"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder.": DECODER}
+PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder.": DECODER, "detector.": DETECTOR}
 FAULTS_SHOWN = 8
 
 
@@ -60,6 +63,22 @@ class Architecture:
         return self.image_size // self.patch
 
 
+@dataclass(frozen=True)
+class DetectorSizes:
+    """Sizes of CellSAM's detector, an Anchor DETR; `backbone` is a ViT without a neck. `heads` and `anchors` are
+    `nheads` and `num_query_position` in CellSAM's own configuration, `mlp_width` is `dim_feedforward`."""
+
+    backbone: Architecture
+    width: int = 256
+    heads: int = 8
+    mlp_width: int = 1024
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    anchors: int = 3500
+    patterns: int = 1
+    classes: int = 2
+
+
 NORM_EPS = "norm_eps"
 BESIDE: dict[str, tuple[float, ...]] = {  # numbers that are no weights: forks save the first two as buffers
     "pixel_mean": PIXEL_MEAN,
@@ -76,9 +95,19 @@ ARCHITECTURES = {
 }
 
 
+# CellSAM's, as its modelconfig.yaml has it, and a small one for tests: the SAM that it is made with, and its detector.
+CELLSAMS = {
+    "cellsam": ("sam_vit_b", DetectorSizes(ARCHITECTURES["sam_vit_b"])),
+    "nano_cellsam": ("nano", DetectorSizes(ARCHITECTURES["nano"], 64, 4, 128, 2, 2, 150)),
+}
+
+
 @dataclass(frozen=True)
 class ModelCard:
-    """`model.json`: what a split model is. The hashes are sha256 in hex; `trained` is False for random weights."""
+    """`model.json`: what a split model is. The hashes are sha256 in hex; `trained` is False for random weights.
+
+    detector: a CellSAM's; then `advanced` says whether its pixels are prepared as CellSAM does in advanced mode.
+    """
 
     architecture: Architecture
     family: str
@@ -90,6 +119,9 @@ class ModelCard:
     trained: bool
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
     pixel_std: tuple[float, ...] = PIXEL_STD
+    detector: DetectorSizes | None = None
+    detector_sha256: str = ""
+    advanced: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> ModelCard:
@@ -97,12 +129,21 @@ class ModelCard:
         path = folder / "model.json"
         try:
             values = json.loads(path.read_text())
-            sizes = values.pop("architecture")
-            sizes["global_blocks"] = tuple(sizes["global_blocks"])
             values |= {key: tuple(values[key]) for key in ("pixel_mean", "pixel_std")}
-            return cls(architecture=Architecture(**sizes), **values)
+            values["architecture"] = _architecture(values["architecture"])
+            if found := values.get("detector"):
+                values["detector"] = DetectorSizes(**found | {"backbone": _architecture(found["backbone"])})
+            return cls(**values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidCheckpoint(f"{path} is missing or damaged: extract the checkpoint again") from error
+
+    def sha256(self, part: str) -> str:
+        """Of ENCODER, DECODER or DETECTOR; empty where the model has none."""
+        return {ENCODER: self.encoder_sha256, DECODER: self.decoder_sha256, DETECTOR: self.detector_sha256}[part]
+
+
+def _architecture(values: dict[str, Any]) -> Architecture:
+    return Architecture(**values | {"global_blocks": tuple(values["global_blocks"])})
 
 
 def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
@@ -114,43 +155,11 @@ def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
         InvalidCheckpoint: the tensors are not those of a Segment Anything model: names the first that is missing.
     """
 
-    def shape(name: str, rank: int) -> torch.Size:
-        if name not in state:
-            found = ", ".join(sorted({str(key).split(".")[0] for key in state})[:5]) or "nothing"
-            raise InvalidCheckpoint(
-                f"the checkpoint is not a Segment Anything model: it lacks {name} (its top-level parts: {found})"
-            )
-        found_shape = state[name].shape
-        if len(found_shape) != rank or 0 in found_shape:
-            raise InvalidCheckpoint(f"{name} has shape {list(found_shape)}, expected {rank} sizes above 0")
-        return found_shape
-
-    def count(prefix: str) -> int:
-        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
     if not all(isinstance(name, str) for name in state):
         raise InvalidCheckpoint("the checkpoint has tensors whose name is no text")
     encoder, decoder = "image_encoder.", "mask_decoder."
-    width, _, patch, _ = shape(encoder + "patch_embed.proj.weight", 4)
-    grid = shape(encoder + "pos_embed", 4)[1]
-    depth = count(encoder + "blocks.") or 1  # the first is missed by name below
-    tables = [shape(f"{encoder}blocks.{i}.attn.rel_pos_h", 2) for i in range(depth)]  # [2 · side − 1, head width]
-    sides = [(table[0] + 1) // 2 for table in tables]
-    global_blocks = tuple(i for i, side in enumerate(sides) if side == grid)
-    windows = {side for side in sides if side != grid}
-    if len(windows) > 1:
-        raise InvalidCheckpoint(f"the checkpoint has attention windows of several sizes: {sorted(windows)}")
-    sizes: dict[str, Any] = {
-        "image_size": grid * patch,
-        "patch": patch,
-        "width": width,
-        "depth": depth,
-        "heads": width // tables[0][1],
-        "mlp_width": shape(encoder + "blocks.0.mlp.lin1.weight", 2)[0],
-        "window": windows.pop() if windows else 0,
-        "global_blocks": global_blocks,
-        "channels": shape(encoder + "neck.0.weight", 4)[0],
-    }
+    shape, count = partial(_shape, state), partial(_count, state)
+    sizes = _vit(state, encoder) | {"channels": shape(encoder + "neck.0.weight", 4)[0]}
     if _has_decoder(state):
         sizes |= {
             "decoder_depth": count(decoder + "transformer.layers."),
@@ -168,34 +177,98 @@ def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
     return "custom", Architecture(**sizes)
 
 
+def _shape(state: Mapping[str, torch.Tensor], name: str, rank: int) -> torch.Size:
+    if name not in state:
+        found = ", ".join(sorted({str(key).split(".")[0] for key in state})[:5]) or "nothing"
+        raise InvalidCheckpoint(
+            f"the checkpoint is not a Segment Anything model: it lacks {name} (its top-level parts: {found})"
+        )
+    found_shape = state[name].shape
+    if len(found_shape) != rank or 0 in found_shape:
+        raise InvalidCheckpoint(f"{name} has shape {list(found_shape)}, expected {rank} sizes above 0")
+    return found_shape
+
+
+def _count(state: Mapping[str, torch.Tensor], prefix: str) -> int:
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _vit(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+    """A ViT's sizes, as of Architecture."""
+    shape = partial(_shape, state)
+    width, _, patch, _ = shape(prefix + "patch_embed.proj.weight", 4)
+    grid = shape(prefix + "pos_embed", 4)[1]
+    depth = _count(state, prefix + "blocks.") or 1  # the first is missed by name below
+    tables = [shape(f"{prefix}blocks.{i}.attn.rel_pos_h", 2) for i in range(depth)]  # [2 · side − 1, head width]
+    sides = [(table[0] + 1) // 2 for table in tables]
+    windows = {side for side in sides if side != grid}
+    if len(windows) > 1:
+        raise InvalidCheckpoint(f"the checkpoint has attention windows of several sizes: {sorted(windows)}")
+    return {
+        "image_size": grid * patch,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": width // tables[0][1],
+        "mlp_width": shape(prefix + "blocks.0.mlp.lin1.weight", 2)[0],
+        "window": windows.pop() if windows else 0,
+        "global_blocks": tuple(i for i, side in enumerate(sides) if side == grid),
+    }
+
+
+def recognise_detector(state: Mapping[str, torch.Tensor], heads: int = DetectorSizes.heads) -> DetectorSizes | None:
+    """The sizes of a CellSAM's detector, read off its tensors; None where there is none. `heads` is not in them."""
+    own, shape = "detector.transformer.", partial(_shape, state)
+    if not any(name.startswith("detector.") for name in state):
+        return None
+    backbone = _vit(state, "detector.backbone.body.")
+    return DetectorSizes(
+        backbone=next(
+            (one for one in ARCHITECTURES.values() if replace(one, **backbone) == one), Architecture(**backbone)
+        ),
+        width=shape("detector.input_proj.0.0.weight", 4)[0],
+        heads=heads,
+        mlp_width=shape(own + "encoder_layers.0.ffn.linear1.weight", 2)[0],
+        encoder_layers=_count(state, own + "encoder_layers."),
+        decoder_layers=_count(state, own + "decoder_layers."),
+        anchors=shape(own + "position.weight", 2)[0],
+        patterns=shape(own + "pattern.weight", 2)[0],
+        classes=shape(own + "class_embed.weight", 2)[0],
+    )
+
+
 def _has_decoder(state: Mapping[str, torch.Tensor]) -> bool:
     return any(PREFIXES.get(name.split(".")[0] + ".") == DECODER for name in state)
 
 
-def split(state: Mapping[str, torch.Tensor]) -> tuple[State, State]:
-    """Encoder and decoder tensors, under their full names.
+def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
+    """The tensors of ENCODER, DECODER and DETECTOR, under their full names.
 
     Raises:
-        InvalidCheckpoint: a tensor belongs to neither; nothing is silently dropped.
+        InvalidCheckpoint: a tensor belongs to none; nothing is silently dropped.
     """
-    halves: dict[str, State] = {ENCODER: {}, DECODER: {}}
+    parts: dict[str, State] = {ENCODER: {}, DECODER: {}, DETECTOR: {}}
     strangers = []
     memory: set[int] = set()
     for name, tensor in state.items():
-        half = next((half for prefix, half in PREFIXES.items() if name.startswith(prefix)), None)
-        if half is None:
+        part = _part(name)
+        if part is None:
             strangers.append(name)
         else:
             shared = tensor.untyped_storage().data_ptr() in memory  # safetensors stores no tensor twice
-            halves[half][name] = tensor.clone() if shared else tensor.contiguous()
-            memory.add(halves[half][name].untyped_storage().data_ptr())
+            parts[part][name] = tensor.clone() if shared else tensor.contiguous()
+            memory.add(parts[part][name].untyped_storage().data_ptr())
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise InvalidCheckpoint(
             f"the checkpoint has tensors of no known part: {', '.join(strangers[:3])}{more}; "
             f"expected names under {', '.join(PREFIXES)}"
         )
-    return halves[ENCODER], halves[DECODER]
+    return parts
+
+
+def _part(name: str) -> str | None:
+    return next((part for prefix, part in PREFIXES.items() if name.startswith(prefix)), None)
 
 
 def extract(
@@ -206,19 +279,29 @@ def extract(
     source_sha256: str,
     licence: str = "unknown",
     trained: bool = True,
+    heads: int = DetectorSizes.heads,
 ) -> ModelCard:
     """Split `state` into `out`. The folder appears whole, `model.json` last; the same state gives the same bytes.
+    `heads` are the detector's, which its tensors do not tell.
 
     Raises:
         InvalidCheckpoint: not a Segment Anything model, or numbers that are not finite.
     """
-    weights = {name: tensor for name, tensor in state.items() if name not in BESIDE}
+    weights = {name: tensor for name, tensor in state.items() if name not in BESIDE and name != cellsam_names.ADVANCED}
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(cellsam_names.UNUSED)}
     family, sizes = recognise(weights)
-    _check(weights, sizes)
+    detector = recognise_detector(weights, heads)
+    if detector is not None:
+        family = next((name for name, known in CELLSAMS.items() if known == (family, detector)), "custom")
+        if detector.backbone.image_size != sizes.image_size:
+            raise InvalidCheckpoint(
+                f"the detector is for {detector.backbone.image_size} px, the image encoder for {sizes.image_size} px"
+            )
+    _check(weights, sizes, detector)
     beside = {name: _beside(name, state[name]) if name in state else usual for name, usual in BESIDE.items()}
-    digests = {ENCODER: "", DECODER: ""}
+    digests = {ENCODER: "", DECODER: "", DETECTOR: ""}
     out.mkdir(parents=True, exist_ok=True)
-    for half, tensors in zip((ENCODER, DECODER), split(weights), strict=True):
+    for half, tensors in split(weights).items():
         if tensors:  # other numbers beside the weights are another model: they belong into the hash
             own = {name: repr(value) for name, value in beside.items() if (name == NORM_EPS) == (half == DECODER)}
             other = {name: value for name, value in own.items() if value != repr(BESIDE[name])}
@@ -236,6 +319,9 @@ def extract(
         trained=trained,
         pixel_mean=beside["pixel_mean"],
         pixel_std=beside["pixel_std"],
+        detector=detector,
+        detector_sha256=digests[DETECTOR],
+        advanced=bool(state.get(cellsam_names.ADVANCED, False)),
     )
     write_whole(out / "model.json", json.dumps(asdict(card), indent=2).encode())
     return card
@@ -253,7 +339,7 @@ def _beside(name: str, tensor: torch.Tensor) -> tuple[float, ...]:
     return usual if torch.allclose(values, rounded, rtol=1e-5, atol=0) else tuple(values.tolist())
 
 
-def _check(state: Mapping[str, torch.Tensor], sizes: Architecture) -> None:
+def _check(state: Mapping[str, torch.Tensor], sizes: Architecture, detector: DetectorSizes | None) -> None:
     """Every name and shape is what a model of these sizes has, and every number is finite."""
     try:
         with torch.device("meta"):
@@ -261,6 +347,8 @@ def _check(state: Mapping[str, torch.Tensor], sizes: Architecture) -> None:
             modules = build_decoder(sizes) if _has_decoder(state) else ()
             for prefix, module in zip(("prompt_encoder.", "mask_decoder."), modules, strict=False):
                 expected |= module.state_dict(prefix=prefix)
+            if detector is not None:
+                expected |= build_detector(detector).state_dict(prefix="detector.")
     except (AssertionError, ArithmeticError, ValueError, RuntimeError) as error:
         raise InvalidCheckpoint(f"the checkpoint's sizes are no Segment Anything model's: {sizes}") from error
     faults = [
@@ -302,8 +390,9 @@ def parameter_table(state: Mapping[str, torch.Tensor]) -> list[tuple[str, str, i
     tensors: Counter[tuple[str, str]] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
     for name, tensor in state.items():
-        half = next((half for prefix, half in PREFIXES.items() if name.startswith(prefix)), "card")
-        part = ".".join(name.split(".")[:2])
+        unused = name.startswith(cellsam_names.UNUSED)
+        half = "unused" if unused else _part(name) or "card"
+        part = ".".join(name.removeprefix(cellsam_names.UNUSED).split(".")[:2])
         tensors[half, part] += 1
         numbers[half, part] += tensor.numel()
     return [(*key, tensors[key], numbers[key]) for key in tensors]
@@ -357,23 +446,35 @@ def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module
     return prompts, masks
 
 
+def build_detector(sizes: DetectorSizes) -> torch.nn.Module:
+    """CellSAM's detector of these sizes; weights are fresh."""
+    from serve_app.model.cellfinder import CellFinder  # it imports this module
+
+    return CellFinder(sizes)
+
+
 def seeded(name: str, seed: int) -> State:
     """Random weights of a named architecture, the same for the same seed: for tests and machines without weights.
 
     Every tensor is drawn, position tables too, so that a runtime that forgets one of them is found out.
     """
-    if name not in ARCHITECTURES:
-        raise InvalidCheckpoint(f"{name!r} is no architecture; there are {', '.join(ARCHITECTURES)}")
-    sizes = ARCHITECTURES[name]
+    if name not in ARCHITECTURES | CELLSAMS:
+        raise InvalidCheckpoint(f"{name!r} is no architecture; there are {', '.join(ARCHITECTURES | CELLSAMS)}")
+    family, detector = CELLSAMS.get(name, (name, None))
+    sizes = ARCHITECTURES[family]
     with torch.device("meta"):  # names and shapes are all that is wanted of them
         modules = {"image_encoder.": build_encoder(sizes)}
         modules |= dict(zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True))
+        if detector is not None:
+            modules["detector."] = build_detector(detector)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for prefix, module in modules.items():
         for key, value in module.state_dict(prefix=prefix).items():
             noise = torch.randn(value.shape, generator=generator)
             state[key] = _draw(key, value, noise)
+    if detector is not None:
+        state[cellsam_names.ADVANCED] = torch.tensor(1.0)
     return state
 
 
@@ -383,13 +484,16 @@ def _draw(key: str, fresh: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     if key.endswith("pos_embed"):
         return 0.3 * noise
     table = key.split(".")[1].endswith(("embed", "embeddings", "token", "tokens"))  # of tokens, not of products
-    if key.endswith("gaussian_matrix") or (fresh.dim() == 2 and table):
+    if key.endswith("gaussian_matrix") or (fresh.dim() == 2 and table) or key.endswith(".pattern.weight"):
         return noise
+    if key.endswith(".position.weight"):  # anchors: anywhere in the image
+        return torch.special.ndtr(noise)
     if fresh.dim() == 1:  # biases and norms, around their fresh value (norms: 1)
         centre = 1.0 if key.endswith("weight") else 0.0
         return centre + 0.1 * noise
     fan_in = fresh[0].numel()
-    gain = 3.0 if key.split(".")[-2] in ("qkv", "q_proj", "k_proj") else 1.0  # attention that is far from uniform
+    asking = key.split(".")[-2] in ("qkv", "q_proj", "k_proj") or key.endswith("in_proj_weight")
+    gain = 3.0 if asking else 1.0  # attention that is far from uniform
     return gain * noise / (3 * fan_in) ** 0.5
 
 
@@ -413,9 +517,9 @@ def load_half(folder: Path, half: str, card: ModelCard) -> dict[str, Any]:
         InvalidCheckpoint: the file is not the one that was extracted, or the checkpoint was an encoder alone.
     """
     path = folder / f"{half}.safetensors"
-    expected = card.encoder_sha256 if half == ENCODER else card.decoder_sha256
+    expected = card.sha256(half)
     if not expected:
-        raise no_decoder()
+        raise no_decoder() if half == DECODER else no_detector(folder)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
@@ -428,3 +532,7 @@ def no_decoder() -> InvalidCheckpoint:
         "the model's checkpoint is an image encoder alone: it makes embeddings, and has no prompt encoder and mask "
         "decoder for masks; give the whole checkpoint as its source"
     )
+
+
+def no_detector(folder: Path) -> InvalidCheckpoint:
+    return InvalidCheckpoint(f"the model in {folder} has no detector: expected a split CellSAM checkpoint")

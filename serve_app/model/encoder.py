@@ -29,6 +29,10 @@ class Encoder(Protocol):
         """B images [h, w, 3] uint8 RGB, long side = input size S → [B, 256, S/patch, S/patch] float32."""
         ...
 
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] float32, normalised and padded → as `encode`."""
+        ...
+
 
 class ReferenceEncoder:
     """segment_anything's ImageEncoderViT in float32, fed one batch at a time."""
@@ -49,12 +53,14 @@ class ReferenceEncoder:
         self.module: Any = module.float().eval().to(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 is meant: TF32 convolutions keep ten bits
 
-    @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         card = self.card
         size = card.architecture.image_size
-        batch = normalise(list(images), size, card.pixel_mean, card.pixel_std, self.device)
-        return self.module(batch)
+        return self.forward(normalise(list(images), size, card.pixel_mean, card.pixel_std, self.device))
+
+    @torch.inference_mode()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.module(pixels.to(self.device))
 
 
 def _openvino(folder: Path, device: str, dtype: str) -> Encoder:

@@ -11,7 +11,7 @@ Exact up to rounding. What is different from segment_anything's module, for toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,61 +27,81 @@ KERNEL_WIDTH = 8  # attention kernels want heads of a multiple of this
 
 
 class FlashEncoder:
-    """ImageEncoderViT in float32 or bfloat16; on a GPU compiled for batches of 8 and of 1.
-
-    LayerNorm and softmax are taken in float32 by torch's kernels.
-    """
+    """ImageEncoderViT in float32 or bfloat16; on a GPU compiled for batches of 8 and of 1."""
 
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         reference = ReferenceEncoder(folder, device)
         self.card, self.device, self.dtype = reference.card, device, getattr(torch, dtype)
         self.runtime = f"flash {dtype} on {device}"
-        self.module = reference.module.requires_grad_(False).to(self.dtype)
-        self.tables = [
-            tuple(_table(own).contiguous() for own in (block.attn.rel_pos_h, block.attn.rel_pos_w))
-            for block in self.module.blocks
-        ]
-        self.forward = self._forward
+        self.module = FlashViT(reference.module.requires_grad_(False).to(self.dtype))
         if device.startswith("cuda"):
-            self.forward = torch.compile(self._forward, dynamic=False)
             black = np.zeros((self.card.architecture.image_size,) * 2 + (3,), np.uint8)
             for size in BATCHES:  # compiled here, in no request's time
                 self.encode([black] * size)
 
-    @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> Tensor:
         """B images [h, w, 3] uint8 RGB, long side = input size S → [B, C, S/patch, S/patch] float32."""
         card, sizes = self.card, self.card.architecture
-        answers, left = [torch.zeros(0, sizes.channels, sizes.grid, sizes.grid, device=self.device)], list(images)
-        while left:
-            size = next(size for size in BATCHES if size <= len(left))
-            pixels = normalise(left[:size], sizes.image_size, card.pixel_mean, card.pixel_std, self.device)
-            answers.append(self.forward(pixels.to(self.dtype)).float())
-            del left[:size]
-        return torch.cat(answers)
+        return self.forward(normalise(list(images), sizes.image_size, card.pixel_mean, card.pixel_std, self.device))
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] float32, normalised and padded → as `encode`."""
+        sizes = self.card.architecture
+        none = torch.zeros(0, sizes.channels, sizes.grid, sizes.grid, device=self.device)
+        return torch.cat([none, *(self.module(part.to(self.device, self.dtype)).float() for part in batches(pixels))])
+
+
+def batches(pixels: Tensor) -> Iterator[Tensor]:
+    """Parts of a batch, of BATCHES' sizes."""
+    while len(pixels):
+        size = next(size for size in BATCHES if size <= len(pixels))
+        yield pixels[:size]
+        pixels = pixels[size:]
+
+
+class FlashViT(torch.nn.Module):
+    """segment_anything's ImageEncoderViT, with its weights; on a GPU compiled for each batch size that it is given.
+
+    LayerNorm and softmax are taken in float32 by torch's kernels.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.tables = [
+            tuple(_table(own).contiguous() for own in (block.attn.rel_pos_h, block.attn.rel_pos_w))
+            for block in module.blocks
+        ]
+        on_gpu = module.pos_embed.is_cuda
+        self.run = torch.compile(self._forward, dynamic=False) if on_gpu else self._forward
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] → [B, C, g, g], in the module's dtype."""
+        return self.run(pixels)
 
     def _forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] → [B, C, g, g]."""
         module = self.module
         tokens = module.patch_embed(pixels) + module.pos_embed  # [B, g, g, D]
         for block, tables in zip(module.blocks, self.tables, strict=True):
-            tokens = tokens + self._attention(block, block.norm1(tokens), tables)
+            tokens = tokens + _attention(block, block.norm1(tokens), tables)
             tokens = tokens + block.mlp(block.norm2(tokens))
         return module.neck(tokens.permute(0, 3, 1, 2))
 
-    def _attention(self, block: Any, tokens: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-        """One block's attention, [B, g, g, D] → [B, g, g, D]."""
-        projection, window, grid = block.attn.qkv, block.window_size, tokens.shape[1]
-        qkv = functional.linear(tokens, projection.weight)  # [B, g, g, 3·D]
-        if not window:
-            return block.attn.proj(_whole(*_heads(qkv + projection.bias, block.attn), tables).flatten(3))
-        side = -(-grid // window)
-        pad = side * window - grid
-        padded = functional.pad(qkv, (0, 0, 0, pad, 0, pad)) + projection.bias  # a pad is the bias alone
-        windows = padded.unflatten(2, (side, window)).unflatten(1, (side, window)).transpose(2, 3).flatten(0, 2)
-        seen = _folded(*_heads(windows, block.attn), tables).flatten(3)  # [B·side², window, window, D]
-        seen = seen.unflatten(0, (-1, side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return block.attn.proj(seen[:, :grid, :grid])
+
+def _attention(block: Any, tokens: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    """One block's attention, [B, g, g, D] → [B, g, g, D]."""
+    projection, window, grid = block.attn.qkv, block.window_size, tokens.shape[1]
+    qkv = functional.linear(tokens, projection.weight)  # [B, g, g, 3·D]
+    if not window:
+        return block.attn.proj(_whole(*_heads(qkv + projection.bias, block.attn), tables).flatten(3))
+    side = -(-grid // window)
+    pad = side * window - grid
+    padded = functional.pad(qkv, (0, 0, 0, pad, 0, pad)) + projection.bias  # a pad is the bias alone
+    windows = padded.unflatten(2, (side, window)).unflatten(1, (side, window)).transpose(2, 3).flatten(0, 2)
+    seen = _folded(*_heads(windows, block.attn), tables).flatten(3)  # [B·side², window, window, D]
+    seen = seen.unflatten(0, (-1, side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return block.attn.proj(seen[:, :grid, :grid])
 
 
 def _heads(qkv: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The image encoder by OpenVINO, for CPUs: segment_anything's own module, converted once, then compiled.
+"""The image encoder by OpenVINO, for CPUs: segment_anything's own module, converted once, then compiled; and CellSAM's
+detector, which is ours.
 
 The converted model is kept beside the split weights, named by their sha256 and OpenVINO's version, so that a second
 process neither reads the torch weights nor converts. One file serves both precisions; compiling takes seconds.
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ import numpy as np
 import torch
 
 from cluster.errors import InvalidSettings
-from serve_app.model import checkpoint
+from serve_app.model import cellfinder, checkpoint
 from serve_app.model.encoder import normalise
 
 log = logging.getLogger(__name__)
 
+MODEL = "model.xml"  # its numbers are in model.bin
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -48,7 +50,7 @@ class OpenVINOEncoder:
         core = make_core(dtype)
         self.card = checkpoint.ModelCard.read(folder)
         self.runtime = f"openvino {dtype} on cpu"
-        self.request = request(core, _converted(core, folder, self.card), dtype)
+        self.request = request(core, _converted(core, folder, self.card, checkpoint.ENCODER), dtype)
         self.lock = threading.Lock()  # a request holds one image's buffers
 
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -56,11 +58,39 @@ class OpenVINOEncoder:
         card, sizes = self.card, self.card.architecture
         answers = torch.empty(len(images), sizes.channels, sizes.grid, sizes.grid)
         for image, answer in zip(images, answers, strict=True):
-            pixels = normalise([image], sizes.image_size, card.pixel_mean, card.pixel_std).numpy()
-            with self.lock:  # the output is the request's own memory: copied before the next run
-                found = self.request.infer([pixels], share_inputs=True, share_outputs=True)[0]
-                answer.copy_(torch.from_numpy(found[0]))
+            pixels = normalise([image], sizes.image_size, card.pixel_mean, card.pixel_std)
+            answer.copy_(self.forward(pixels)[0])
         return answers
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] float32, normalised and padded → as `encode`."""
+        return torch.cat([found for (found,) in _each(self.request, self.lock, pixels)])
+
+
+class OpenVINODetector:
+    """As OpenVINOEncoder, for `cellfinder.CellFinder`."""
+
+    def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
+        if device != "cpu":
+            raise InvalidSettings(f"runtime 'openvino' runs on a CPU, not on {device!r}")
+        core = make_core(dtype)
+        self.card = checkpoint.ModelCard.read(folder)
+        self.runtime = f"openvino {dtype} on cpu"
+        self.request = request(core, _converted(core, folder, self.card, checkpoint.DETECTOR), dtype)
+        self.lock = threading.Lock()
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, 3, S, S] float32 → ([B, Q, classes] logits, [B, Q, 4] boxes) float32, as `cellfinder.Detector`."""
+        logits, boxes = zip(*_each(self.request, self.lock, pixels), strict=True)
+        return torch.cat(logits), torch.cat(boxes)
+
+
+def _each(request: Any, lock: threading.Lock, pixels: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The outputs for one image of a batch after the other."""
+    for one in pixels.split(1):
+        with lock:  # outputs are the request's own memory: copied before the next run
+            found = request.infer([one.numpy()], share_inputs=True, share_outputs=True)
+            yield [torch.from_numpy(found[index].copy()) for index in range(len(found))]
 
 
 def request(core: Any, model: Any, dtype: str) -> Any:
@@ -104,33 +134,37 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _converted(core: Any, folder: Path, card: checkpoint.ModelCard) -> Any:
-    """The model [1, 3, S, S] float32, normalised → [1, 256, g, g] float32, kept in `folder` where that is writable."""
-    kept = folder / f"openvino-{version('openvino')}-{card.encoder_sha256[:16]}"
+def _converted(core: Any, folder: Path, card: checkpoint.ModelCard, part: str) -> Any:
+    """The model [1, 3, S, S] float32 → what its module gives, kept in `folder` where that is writable."""
+    kept = folder / f"openvino-{version('openvino')}-{card.sha256(part)[:16]}"
     if (kept / "sha256").exists():
         with contextlib.suppress(OSError, RuntimeError):
             if (kept / "sha256").read_text() == _digest(kept):
-                return core.read_model(kept / "encoder.xml")
+                return core.read_model(kept / MODEL)
         log.warning(f"{kept} is damaged: converting again")
         shutil.rmtree(kept, ignore_errors=True)
-    model = convert(folder, card)
+    model = convert(folder, card, part)
     try:
         _keep(model, kept)
     except (OSError, RuntimeError) as error:
-        log.warning(f"the converted encoder is not kept, each start converts again: {error}")
+        log.warning(f"the converted {part} is not kept, each start converts again: {error}")
         return model
-    return core.read_model(kept / "encoder.xml")  # maps the file; torch's weights are freed
+    return core.read_model(kept / MODEL)  # maps the file; torch's weights are freed
 
 
-def convert(folder: Path, card: checkpoint.ModelCard) -> Any:
-    """segment_anything's module with the split weights → an OpenVINO model of static shape."""
-    size = card.architecture.image_size
+def convert(folder: Path, card: checkpoint.ModelCard, part: str) -> Any:
+    """The module of ENCODER or DETECTOR with the split weights → an OpenVINO model of static shape."""
+    pixels = torch.zeros(1, 3, card.architecture.image_size, card.architecture.image_size)
+    module = cellfinder.module(folder, card).prepare() if part == checkpoint.DETECTOR else _encoder(folder, card)
+    return traced(module, (pixels,), [list(pixels.shape)])
+
+
+def _encoder(folder: Path, card: checkpoint.ModelCard) -> torch.nn.Module:
     with torch.device("meta"):
         module = checkpoint.build_encoder(card.architecture)
     state = checkpoint.load_half(folder, checkpoint.ENCODER, card)
     module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
-    pixels = torch.zeros(1, 3, size, size)
-    return traced(module.float().eval(), (pixels,), [list(pixels.shape)])
+    return module.float().eval()
 
 
 def traced(module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: list[list[int]]) -> Any:
@@ -149,7 +183,7 @@ def _keep(model: Any, kept: Path) -> None:
 
     temporary = Path(tempfile.mkdtemp(prefix=".openvino-", dir=kept.parent))
     try:
-        openvino.save_model(model, temporary / "encoder.xml", compress_to_fp16=False)
+        openvino.save_model(model, temporary / MODEL, compress_to_fp16=False)
         (temporary / "sha256").write_text(_digest(temporary))
         temporary.chmod(0o755)
         with contextlib.suppress(OSError):
@@ -162,7 +196,7 @@ def _keep(model: Any, kept: Path) -> None:
 
 def _digest(folder: Path) -> str:
     digests = []
-    for name in ("encoder.xml", "encoder.bin"):
+    for name in (MODEL, MODEL.replace("xml", "bin")):
         with (folder / name).open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return "\n".join(digests)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.errors import InvalidCheckpoint
-from serve_app.model import huggingface
+from serve_app.model import cellsam_names, huggingface
 
 State = dict[str, torch.Tensor]
 
@@ -52,7 +52,8 @@ def read(path: Path) -> State:
     """The tensors of a file, of an index of shards, or of a folder that has one of FOLDER_FILES.
 
     Names are segment_anything's where they are known; others stay as they are, for `checkpoint.extract` to refuse.
-    Beside them stand `pixel_mean` and `pixel_std`, three numbers each, and `norm_eps`, one, where the checkpoint says.
+    Beside them stand `pixel_mean` and `pixel_std`, three numbers each, and `norm_eps`, one, where the checkpoint says;
+    of a CellSAM, what nothing here uses, under `unused.`, and `cellsam_advanced`.
 
     Raises:
         InvalidCheckpoint: not tensors, cut short, several models in one, or a pickle that wants to run code.
@@ -137,7 +138,10 @@ def _unwrapped(loaded: Any, file: str) -> State:
 
 
 def _named(state: State, file: str) -> State:
-    """Without a prefix that is not segment_anything's, and with its names for Hugging Face's."""
+    """Without a prefix that is not segment_anything's, and with its names for Hugging Face's and CellSAM's."""
+    if cellsam_names.is_cellsam(state):
+        found = dict(zip(cellsam_names.renamed(state), state.values(), strict=True))
+        return found | {cellsam_names.ADVANCED: torch.tensor(float(cellsam_names.is_advanced(state)))}
     renamed: State = {}
     for landmark, root in ROOTS.items():
         prefixes = [name.removesuffix(landmark) for name in state if f".{name}".endswith(f".{landmark}")]

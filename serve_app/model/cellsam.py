@@ -1,0 +1,203 @@
+"""Pixels as CellSAM wants them, step by step, and the thresholds that it was tuned with.
+
+An image goes through `prepare` once, in its own size. What the image encoder and the detector are given is made of that
+in the square input, each in its own way: `encoder_input`, `detector_input`.
+
+Source of all steps and numbers: CellSAM (vanvalenlab/cellSAM, 2025-11), as read and as run beside this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cluster.errors import InvalidImage, InvalidInput, InvalidSettings
+from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
+
+PREPROCESS = "cellsam-1"
+CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
+BRIGHTEST = 99.9  # percentile of a channel's pixels above 0; what is brighter is cut off
+KERNEL = 128  # pixels: contrast is equalised over squares of this
+INPUT_BRIGHTEST = 99.5  # percentile of the square input's values above 0
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Options:
+    """Named as in `cellsam_pipeline`.
+
+    bbox_threshold: boxes need a score above a threshold that moves with this one, 0–1; lower finds more cells.
+    low_contrast_enhancement: brighten images of little contrast first.
+    use_wsi: cut images that are larger than `block_size` into tiles of that many pixels a side, each seen with
+        `overlap` more on all sides; parts of a cell join where they overlap by an IoU of `iou_threshold` or more.
+    gauge_cell_size: after the tiles, images whose median cell is not small are done again as a whole.
+    """
+
+    bbox_threshold: float = 0.4
+    low_contrast_enhancement: bool = False
+    use_wsi: bool = True
+    gauge_cell_size: bool = False
+    block_size: int = 400
+    overlap: int = 56
+    iou_threshold: float = 0.5
+
+    def check(self) -> None:
+        """Raises InvalidInput: names the first that is out of its range."""
+        if not 0 <= self.bbox_threshold <= 1:
+            raise InvalidInput(f"bbox_threshold is {self.bbox_threshold:g}; expected 0 to 1")
+        if not 0 < self.iou_threshold <= 1:
+            raise InvalidInput(f"iou_threshold is {self.iou_threshold:g}; expected above 0, at most 1")
+        if not 64 <= self.block_size <= 4096:
+            raise InvalidInput(f"block_size is {self.block_size}; expected 64 to 4096 pixels")
+        if not 0 <= self.overlap <= self.block_size // 2:
+            raise InvalidInput(f"overlap is {self.overlap}; expected 0 to half of block_size, {self.block_size // 2}")
+
+
+def channels(image: np.ndarray) -> np.ndarray:
+    """[h, w] grey, or [h, w, C] with C from 1 to 3, of any number type → [h, w, 3] float32, each channel from 0 to 1 by
+    its own minimum and maximum. Grey is the last channel; of two, the first are nuclei and the second whole cells.
+
+    Raises:
+        InvalidImage: of another shape, or with values that are not finite.
+    """
+    planes = image[..., None] if image.ndim == 2 else image
+    if planes.ndim != 3 or not 1 <= planes.shape[2] <= CHANNELS or 0 in planes.shape or planes.dtype.kind not in "buif":
+        raise InvalidImage(f"expected [h, w] or [h, w, 1 to 3] numbers, found {list(image.shape)} {image.dtype}")
+    if not np.isfinite(planes).all():
+        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
+    placed = np.zeros((*planes.shape[:2], CHANNELS), np.float32)
+    placed[..., CHANNELS - planes.shape[2] :] = planes
+    for index in range(CHANNELS):
+        low, high = placed[..., index].min(), placed[..., index].max()
+        if high > low:
+            placed[..., index] = (placed[..., index] - low) / (high - low)
+    return placed
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+    """[h, w, 3] float, from 0 → [h, w, 3] float32 in 0–1: per channel the brightest pixels are cut off, then contrast
+    is equalised (CLAHE); a channel of one value becomes 0."""
+    exposure = _exposure()
+    equalised = np.zeros(image.shape, np.float32)
+    for index in range(CHANNELS):
+        plane = image[..., index].astype(np.float64)
+        above = plane[plane != 0]
+        if not above.size:
+            continue
+        plane = np.minimum(plane, np.percentile(above, BRIGHTEST))
+        if (plane == plane.flat[0]).all():
+            continue
+        plane = exposure.rescale_intensity(plane, out_range=(0.0, 1.0))
+        equalised[..., index] = exposure.equalize_adapthist(plane, kernel_size=KERNEL)
+    return equalised
+
+
+def enhance(image: np.ndarray) -> tuple[np.ndarray, float | None]:
+    """[h, w, 3] float32 in 0–1 → the same, brighter where its contrast is low, and then the bbox_threshold that CellSAM
+    takes for such an image in place of what was asked for.
+
+    How low is measured by what CLAHE changes: the median, and the standard deviation, of the changed values.
+    """
+    exposure = _exposure()
+    changed = np.abs(image - exposure.equalize_adapthist(image, kernel_size=256))
+    changed = changed[changed > 0]
+    if not changed.size:
+        return image, None
+    middle, spread = np.median(changed), np.std(changed)
+    low = 0.05 < middle < 0.1
+    if middle < 0.05:
+        low = low and image[..., 1].max() == 0
+    if not low:
+        return image, None
+    limit, kernel, gamma, threshold = 0.01, 256, 2.0, None
+    if middle > 0.05 and spread < 0.05:
+        limit, kernel, gamma, threshold = 0.02, 384, 1.2, 0.15
+    if middle > 0.065 and spread < 0.05:
+        limit, threshold = 0.05, 0.15
+    if middle > 0.065 and 0.035 < spread < 0.04:
+        limit = 0.01
+    brighter = exposure.equalize_adapthist(image, kernel_size=kernel, clip_limit=limit)
+    return exposure.adjust_gamma(brighter, gamma=gamma).astype(np.float32), threshold
+
+
+def _exposure() -> Any:
+    try:
+        from skimage import exposure
+    except ImportError as error:
+        raise InvalidSettings("CellSAM's pixels need scikit-image: pip install 'cellray[cellsam]'") from error
+    return exposure
+
+
+def square(image: np.ndarray, size: int, device: str = "cpu") -> Tensor:
+    """[h, w, 3] float32 in 0–1 → [3, size, size], whatever its aspect: bilinear, with antialiasing."""
+    pixels = torch.tensor(image, dtype=torch.float32, device=device).permute(2, 0, 1)
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    return functional.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def encoder_input(pixels: Tensor, advanced: bool) -> Tensor:
+    """[3, S, S] float32 of `square` → the image encoder's input."""
+    above = pixels[pixels != 0]
+    if above.numel():
+        low, high = above.min(), _percentile(above, INPUT_BRIGHTEST)
+        if high > low:
+            pixels = (pixels.clamp(low, high) - low) / (high - low)
+    if advanced:
+        pixels = _standardised(pixels)
+    return _shifted(pixels, [value / 255 for value in PIXEL_MEAN], [value / 255 for value in PIXEL_STD])
+
+
+def detector_input(pixels: Tensor, advanced: bool) -> Tensor:
+    """[3, S, S] float32 of `square` → the detector's input."""
+    levels = (pixels * 255).to(torch.uint8).float()
+    shifted = _shifted(levels, PIXEL_MEAN, PIXEL_STD)
+    if not advanced:
+        return shifted
+    made = _standardised(shifted)
+    if made[1].max() == 0:  # without nuclei, cells are shown twice, and the other way round
+        made[1] = made[2]
+    if made[2].max() == 0:
+        made[2] = made[1]
+    return made
+
+
+def _standardised(pixels: Tensor) -> Tensor:
+    """Each channel from 0 to 1."""
+    shifted = _shifted(pixels, IMAGENET_MEAN, IMAGENET_STD)
+    low, high = shifted.amin((1, 2), keepdim=True), shifted.amax((1, 2), keepdim=True)
+    return (shifted - low) / (high - low + EPSILON)
+
+
+def _shifted(pixels: Tensor, mean: Any, std: Any) -> Tensor:
+    centre, spread = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return (pixels - centre) / spread
+
+
+def _percentile(values: Tensor, percent: float) -> Tensor:
+    if values.is_cuda:
+        return torch.quantile(values, percent / 100)
+    return torch.tensor(np.percentile(values.numpy(), percent), dtype=values.dtype)  # ten times as fast as sorting
+
+
+def threshold(scores: np.ndarray, bbox_threshold: float) -> float:
+    """Above which score boxes [N] are cells: 0.66 · bbox_threshold + 0.33 · the mean of the scores' two centres."""
+    if len(scores) < 2:
+        return bbox_threshold
+    return 0.66 * bbox_threshold + 0.33 * float(np.mean(_two_means(scores)))
+
+
+def _two_means(values: np.ndarray) -> tuple[float, float]:
+    """The centres of the best split in two: k-means in one dimension, exact. Of equal values, twice that value."""
+    ordered = np.sort(values.astype(np.float64))
+    sums, counts = np.cumsum(ordered), np.arange(1, len(ordered) + 1)
+    lower, upper = sums[:-1] / counts[:-1], (sums[-1] - sums[:-1]) / (len(ordered) - counts[:-1])
+    between = counts[:-1] * (len(ordered) - counts[:-1]) * (upper - lower) ** 2
+    best = int(between.argmax())
+    return float(lower[best]), float(upper[best])
