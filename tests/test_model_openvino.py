@@ -106,9 +106,9 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     converted: list[Path] = []
     convert = runtime.convert
 
-    def counted(folder: Path, card: checkpoint.ModelCard) -> Any:
+    def counted(folder: Path, card: checkpoint.ModelCard, part: str) -> Any:
         converted.append(folder)
-        return convert(folder, card)
+        return convert(folder, card, part)
 
     monkeypatch.setattr(runtime, "convert", counted)
     extracted(checkpoint.seeded("nano", 1), tmp_path)
@@ -117,11 +117,11 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     assert torch.equal(OpenVINOEncoder(tmp_path, "cpu").encode(images(1)), first)
     assert len(converted) == 1
     (kept,) = tmp_path.glob("openvino-*")
-    assert sorted(path.name for path in kept.iterdir()) == ["encoder.bin", "encoder.xml", "sha256"]
+    assert sorted(path.name for path in kept.iterdir()) == ["model.bin", "model.xml", "sha256"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
     extracted(checkpoint.seeded("nano", 1), tmp_path)
-    with (kept / "encoder.bin").open("r+b") as file:
+    with (kept / "model.bin").open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
     with caplog.at_level(logging.WARNING):

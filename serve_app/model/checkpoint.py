@@ -287,8 +287,12 @@ def extract(
     Raises:
         InvalidCheckpoint: not a Segment Anything model, or numbers that are not finite.
     """
-    weights = {name: tensor for name, tensor in state.items() if name not in BESIDE and name != cellsam_names.ADVANCED}
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(cellsam_names.UNUSED)}
+    apart = (*BESIDE, cellsam_names.ADVANCED)
+    weights = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in apart and not str(name).startswith(cellsam_names.UNUSED)
+    }
     family, sizes = recognise(weights)
     detector = recognise_detector(weights, heads)
     if detector is not None:
@@ -461,7 +465,11 @@ def seeded(name: str, seed: int) -> State:
     if name not in ARCHITECTURES | CELLSAMS:
         raise InvalidCheckpoint(f"{name!r} is no architecture; there are {', '.join(ARCHITECTURES | CELLSAMS)}")
     family, detector = CELLSAMS.get(name, (name, None))
-    sizes = ARCHITECTURES[family]
+    return drawn(ARCHITECTURES[family], detector, seed)
+
+
+def drawn(sizes: Architecture, detector: DetectorSizes | None, seed: int) -> State:
+    """Random weights of any sizes, as `seeded`."""
     with torch.device("meta"):  # names and shapes are all that is wanted of them
         modules = {"image_encoder.": build_encoder(sizes)}
         modules |= dict(zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True))
@@ -494,6 +502,8 @@ def _draw(key: str, fresh: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     fan_in = fresh[0].numel()
     asking = key.split(".")[-2] in ("qkv", "q_proj", "k_proj") or key.endswith("in_proj_weight")
     gain = 3.0 if asking else 1.0  # attention that is far from uniform
+    if ".adapt_pos" in key or ".class_embed." in key:  # of a detector, whose anchors all start from one pattern
+        gain = 6.0
     return gain * noise / (3 * fan_in) ** 0.5
 
 
