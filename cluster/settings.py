@@ -69,6 +69,9 @@ class ModelSettings(WeightsSettings):
         "float32",
         description="what products are computed in; bfloat16 is about twice as fast, and `cellray gate` checks it",
     )
+    modelconfig: str | None = Field(
+        None, description="a CellSAM's own YAML, which says what its detector's sizes are; a path or s3://…"
+    )
 
 
 DEFAULT_MODELS: dict[str, dict[str, str]] = {
@@ -87,6 +90,13 @@ DEFAULT_MODELS: dict[str, dict[str, str]] = {
         "source": PUBLIC_WEIGHTS + "sam_vit_h_4b8939.pth",
         "sha256": "4b8939",
         "licence": "Apache-2.0",
+    },
+    **{
+        name: {
+            "source": f"deepcell:models/cellsam-models_v1.2.tar.gz#cellsam_v1.2/{name}.pt",
+            "licence": "CellSAM's modified Apache-2.0, not for commercial use: github.com/vanvalenlab/cellSAM",
+        }
+        for name in ("cellsam_general", "cellsam_extra")
     },
 }
 
@@ -150,10 +160,15 @@ def load(config: str | None = None, environ: Mapping[str, str] | None = None, **
 
 
 def _read(config: str, from_environment: dict[str, Any]) -> dict[str, Any]:
+    bootstrap = _validate({"storage": from_environment.get("storage", {})}, "CELLRAY_STORAGE__*")
+    return read_mapping(config, bootstrap.storage)
+
+
+def read_mapping(config: str, storage: StorageSettings) -> dict[str, Any]:
+    """A YAML file of keys and values. Raises InvalidSettings, and as `Storage.read`."""
     from cluster.storage import Storage  # storage needs StorageSettings: the import runs back only here
 
-    bootstrap = _validate({"storage": from_environment.get("storage", {})}, "CELLRAY_STORAGE__*")
-    text = Storage(bootstrap.storage).read(config, MAX_CONFIG_BYTES)
+    text = Storage(storage).read(config, MAX_CONFIG_BYTES)
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

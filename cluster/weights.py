@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a path, `https://…` or `s3://…`; checked by sha256 before anything reads them."""
+"""Where checkpoints come from: a path, `https://…`, `s3://…`, DeepCell's store; checked before anything reads them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import fcntl
 import hashlib
 import http.client
 import os
-import shutil
-import tempfile
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from tqdm import tqdm
+
+from cluster import deepcell
 from cluster.errors import Forbidden, InvalidCheckpoint, InvalidSettings, NotFound, Unavailable
 from cluster.settings import MIB, ModelSettings
 from cluster.storage import Storage, absolute, is_s3, mapped
@@ -73,8 +75,9 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]]:
-    """(path, sha256) of the checkpoint, for the length of the `with`; a download is removed after it.
+def fetched(model: ModelSettings, storage: Storage, kept: Path) -> Iterator[tuple[Path, str]]:
+    """(path, sha256) of the checkpoint, for the length of the `with`. A download is in the folder `kept`, and removed
+    after it; one that was cut short stays there, and the next call goes on with it.
 
     The sha256 of a folder is that of the lines `sha256sum` prints for its `files`, in order.
 
@@ -84,53 +87,121 @@ def fetched(model: ModelSettings, storage: Storage) -> Iterator[tuple[Path, str]
         InvalidSettings: plain http without a sha256.
     """
     source = model.source
-    if "://" not in source:
+    if "://" not in source and not deepcell.is_deepcell(source):
         path = Path(absolute(source))
         if not path.exists():
             raise NotFound(f"there is no checkpoint at {path}")
         yield path, _checked(path, model)
         return
-    folder = Path(tempfile.mkdtemp(prefix="cellray-weights-"))
+    key = hashlib.sha256(source.encode()).hexdigest()[:12]
+    suffix = Path(urlsplit(source).path).suffix[:20]  # the rest may be long, or a secret
+    path = kept / f"download-{key}{suffix}"
+    with lock(path.with_name(f"download-{key}.lock")):
+        if is_s3(source):
+            with storage.open(source) as remote, path.open("wb") as target:
+                _copy(remote, target, source)
+        elif deepcell.is_deepcell(source):
+            _from_archive(source, path, model)
+        else:
+            _download(source, path, model)
+        try:
+            yield path, _checked(path, model)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _from_archive(source: str, path: Path, model: ModelSettings) -> None:
+    key, member = deepcell.parsed(source)
+    archive = path.with_name(f"{path.name}.archive")
+    for again in (True, False):
+        try:
+            _download(deepcell.address(key), archive, model, key)
+            break
+        except Forbidden:  # the address expires
+            if not again or not deepcell.token():
+                raise
     try:
-        path = folder / ("checkpoint" + Path(urlsplit(source).path).suffix[:20])  # the rest may be long, or a secret
+        deepcell.check(archive, key, model.sha256 is not None)
         with path.open("wb") as target:
-            if is_s3(source):
-                with storage.open(source) as remote:
-                    _copy(remote, target, source)
-            else:
-                _download(source, target, model)
-        yield path, _checked(path, model)
+            deepcell.extract(archive, member, target, MAX_CHECKPOINT_BYTES)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        archive.unlink(missing_ok=True)
 
 
-def _download(source: str, target: IO[bytes], model: ModelSettings) -> None:
-    shown = public_source(source)
-    if not source.startswith("https://") and not (source.startswith("http://") and model.sha256):
+def _download(source: str, path: Path, model: ModelSettings, name: str = "") -> None:
+    """To `path`, whole. Where the server names the version (ETag), what is there already is not fetched again."""
+    shown, known = name or public_source(source), path.with_name(f"{path.name}.etag")
+    checked = bool(model.sha256 or name)
+    if not source.startswith("https://") and not (source.startswith("http://") and checked):
         raise InvalidSettings(f"{shown}: expected https://, s3://, a path, or http:// with a sha256 in the settings")
     try:
-        with urllib.request.urlopen(source, timeout=DOWNLOAD_TIMEOUT_S) as remote:
-            if not remote.geturl().startswith("https://") and not model.sha256:
-                raise InvalidSettings(f"{shown} was redirected away from https; give its sha256 to allow that")
-            expected = int(remote.headers.get("Content-Length") or 0)
-            _copy(remote, target, shown)
-            if expected and target.tell() != expected:
-                raise Unavailable(f"{shown} was cut short: {target.tell()} of {expected} bytes; try again")
+        while True:
+            before = _size(path) if known.exists() else 0
+            if _part(source, path, known, before, shown, checked):
+                known.unlink(missing_ok=True)
+                return
+            if not known.exists() or _size(path) <= before:
+                raise Unavailable(f"{shown} was cut short: {_size(path)} bytes came; try again")
     except urllib.error.HTTPError as error:
         busy = error.code >= 500 or error.code in (408, 429)
         kind = Unavailable if busy else Forbidden if error.code in (401, 403) else NotFound
-        raise kind(f"{shown} answered {error.code} {error.reason}") from error
-    except http.client.InvalidURL as error:
-        raise InvalidSettings(f"{shown} is no URL") from error
+        raise kind(f"{shown} answered {error.code} {error.reason}") from None
+    except http.client.InvalidURL:
+        raise InvalidSettings(f"{shown} is no URL") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Unavailable(f"{shown} could not be downloaded: {getattr(error, 'reason', None) or error}") from error
+        reason = getattr(error, "reason", None) or error
+        raise Unavailable(f"{shown} could not be downloaded: {reason or type(error).__name__}") from None
+    finally:
+        if not known.exists() and sys.exc_info()[0] is not None:
+            path.unlink(missing_ok=True)
 
 
-def _copy(remote: IO[bytes], target: IO[bytes], shown: str) -> None:
-    while chunk := remote.read(CHUNK):
-        target.write(chunk)
-        if target.tell() > MAX_CHECKPOINT_BYTES:
-            raise InvalidCheckpoint(f"{shown} is over {MAX_CHECKPOINT_BYTES >> 30} GiB: no known checkpoint is")
+def _part(source: str, path: Path, known: Path, before: int, shown: str, checked: bool) -> bool:
+    """Fetch what lies behind the first `before` bytes; → whether the file is whole now."""
+    headers = {"Range": f"bytes={before}-", "If-Range": known.read_text()} if before else {}
+    try:
+        remote = urllib.request.urlopen(urllib.request.Request(source, headers=headers), timeout=DOWNLOAD_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not before:
+            raise
+        path.unlink()  # it is longer than the source, and so another one
+        return _part(source, path, known, 0, shown, checked)
+    with remote:
+        if not remote.geturl().startswith("https://") and not checked:
+            raise InvalidSettings(f"{shown} was redirected away from https; give its sha256 to allow that")
+        before = before if remote.status == 206 else 0
+        tag = remote.headers.get("ETag", "")
+        known.unlink(missing_ok=True)
+        if tag.startswith('"'):  # a weak one does not tell versions apart
+            known.write_text(tag)
+        expected = before + int(remote.headers.get("Content-Length") or 0)
+        with path.open("r+b" if before else "wb") as target:
+            target.seek(before)
+            target.truncate()
+            try:
+                _copy(remote, target, shown, expected)
+            except (OSError, http.client.HTTPException):
+                if not known.exists() or target.tell() <= before:
+                    raise
+                return False
+            return expected in (before, target.tell())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _copy(remote: IO[bytes], target: IO[bytes], shown: str, expected: int = 0) -> None:
+    first = target.tell()
+    with tqdm(total=expected or None, initial=first, desc=shown[-40:], unit="B", unit_scale=True, disable=None) as bar:
+        while chunk := remote.read(CHUNK):
+            target.write(chunk)
+            bar.update(len(chunk))
+            if target.tell() > MAX_CHECKPOINT_BYTES:
+                raise InvalidCheckpoint(f"{shown} is over {MAX_CHECKPOINT_BYTES >> 30} GiB: no known checkpoint is")
 
 
 def files(path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cellray {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,9 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     extract = command(
         "extract",
         _extract,
-        "split a checkpoint into encoder and decoder",
-        "Split a Segment Anything checkpoint into OUT/encoder.safetensors, OUT/decoder.safetensors and "
-        "OUT/model.json, and print which parameters went where. Nothing in the checkpoint is executed.",
+        "split a checkpoint into encoder, decoder and detector",
+        "Split a Segment Anything or CellSAM checkpoint into OUT/encoder.safetensors, OUT/decoder.safetensors, of a "
+        "CellSAM OUT/detector.safetensors, and OUT/model.json, and print which parameters went where. Nothing in the "
+        "checkpoint is executed.",
     )
     extract.add_argument(
         "checkpoint",
@@ -122,6 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     extract.add_argument("--licence", default="unknown", help="recorded in model.json, data sets and /v1/models")
     extract.add_argument("--float16", action="store_true", help="keep the numbers in float16")
+    extract.add_argument("--modelconfig", metavar="YAML", help="a CellSAM's modelconfig.yaml; must fit its detector")
+
+    inspected = command(
+        "inspect",
+        _inspect,
+        "show what is in a checkpoint",
+        "Print a checkpoint's architecture as a tree, with shapes and parameter counts, by the names that this package "
+        "gives its parts, and which deployment would hold what. Nothing in the checkpoint is executed.",
+    )
+    inspected.add_argument("checkpoint", metavar="CHECKPOINT", help="as of `cellray extract`")
 
     onnx = command(
         "export-onnx", _export_onnx, "write a model's decoder as an ONNX file", EXPORT_ONNX, EXPORT_ONNX_EXAMPLE
@@ -205,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--serve-config", type=Path, default=DEFAULT_SERVE_CONFIG, help="(default: %(default)s)")
     demo.add_argument("--to", type=Path, default=Path("demo"), help="folder to fill (default: %(default)s)")
     client.add_arguments(command("client", client.run, "ask a running service", client.ABOUT, client.EXAMPLES))
-    for one in (extract, onnx, gate, show, verify, compact, export, demo):
+    for one in (extract, inspected, onnx, gate, show, verify, compact, export, demo):
         one.add_argument("--config", help="settings YAML")
     return made
 
@@ -219,6 +234,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     model = settings.models.get(arguments.checkpoint) or ModelSettings(
         source=arguments.checkpoint, licence=arguments.licence
     )
+    model = model.model_copy(update={"modelconfig": arguments.modelconfig or model.modelconfig})
     card, state = models.split(settings, model, arguments.out, arguments.float16)
     print(f"{'half':8} {'part':34} {'tensors':>8} {'parameters':>12}")
     for half, part, tensors, numbers in checkpoint.parameter_table(state):
@@ -229,6 +245,24 @@ def _extract(arguments: argparse.Namespace) -> int:
         print(f"decoder.safetensors  sha256 {card.decoder_sha256}")
     else:
         print("no decoder: the checkpoint is an image encoder alone, for embeddings without masks")
+    if card.detector:
+        print(f"detector.safetensors sha256 {card.detector_sha256}")
+        mode = "in advanced mode: model_cp is the Segment Anything model that counts, model.* is not used"
+        print(f"a CellSAM {mode if card.advanced else 'without advanced mode: model is the one that counts'}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from cluster.settings import ModelSettings
+    from jobs import inspect
+    from serve_app import models
+
+    settings = settings_module.load(arguments.config)
+    model = settings.models.get(arguments.checkpoint) or ModelSettings(source=arguments.checkpoint)
+    tensors, digest, trained = models.read(model, settings)
+    for line in inspect.tree(tensors):
+        print(line)
+    print(f"\nsha256 {digest}{'' if trained else '; random weights'}")
     return 0
 
 

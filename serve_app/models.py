@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import weights
+from cluster import deepcell, weights
+from cluster import settings as settings_module
 from cluster.errors import InvalidSettings, NotFound
 from cluster.settings import ModelSettings, Settings, WeightsSettings
 from cluster.storage import Storage, mapped
@@ -74,10 +75,11 @@ def split(
     tensors, digest, trained = read(model, settings)
     if float16:
         tensors = {name: one if name in checkpoint.BESIDE else one.half() for name, one in tensors.items()}
+    config = settings_module.read_mapping(model.modelconfig, settings.storage) if model.modelconfig else None
     source = weights.public_source(model.source)
     with mapped(str(out)):
         card = checkpoint.extract(
-            tensors, out, source=source, source_sha256=digest, licence=model.licence, trained=trained
+            tensors, out, source=source, source_sha256=digest, licence=model.licence, trained=trained, config=config
         )
     return card, tensors
 
@@ -110,7 +112,8 @@ def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, st
     if weights.is_seeded(model.source):
         made = checkpoint.seeded(*weights.seed_of(model.source))
         return made, hashlib.sha256(model.source.encode()).hexdigest(), False
-    with weights.fetched(model, Storage(settings.storage)) as (path, digest):
+    kept = Path(settings.weights_dir).expanduser()
+    with weights.fetched(model, Storage(settings.storage), kept) as (path, digest):
         return state.read(path), digest, True
 
 
@@ -124,11 +127,13 @@ def _packaged(source: str) -> Path:
 
 def _identity(model: ModelSettings) -> str:
     """What the cached split depends on; a local file that was replaced, or one in a folder, is another one."""
-    local = "://" not in model.source and not weights.is_seeded(model.source)
+    local = "://" not in model.source and not model.source.startswith((weights.SEEDED, deepcell.SCHEME))
     path = _packaged(model.source) if model.source.startswith(PACKAGED) else Path(model.source).expanduser()
     files = weights.files(path) if local else []
+    files += weights.files(Path(model.modelconfig).expanduser()) if model.modelconfig else []
     stamps = [f"{path.name} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files]
-    return "\n".join((model.source, model.sha256 or "", model.licence, *stamps))
+    configured = [model.modelconfig] if model.modelconfig else []
+    return "\n".join((model.source, model.sha256 or "", model.licence, *configured, *stamps))
 
 
 def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str, dtype: str) -> ModelInfo:

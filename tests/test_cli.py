@@ -21,6 +21,7 @@ from serve_app.contract import Embedding
 from serve_app.model import checkpoint, masks, onnx
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.masks import MaskSet
+from tests import cellsam_oracle
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +183,41 @@ def test_show_draws_images_masks_and_errors(tmp_path: Path, capsys: pytest.Captu
     assert coloured > 0.5 * 20 * 40 * (288 / 80) ** 2
     assert cli.main(["show", str(tmp_path / "nothing"), "--to", str(tmp_path)]) == 1
     assert "no data set" in capsys.readouterr().err
+
+
+def test_inspect_and_extract_a_cellsam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tree says who holds what, and counts every parameter; a modelconfig that does not fit is refused."""
+    theirs = cellsam_oracle.renamed(checkpoint.seeded("nano_cellsam", 0), 2)
+    torch.save(theirs, tmp_path / "cellsam.pt")
+    assert cli.main(["inspect", str(tmp_path / "cellsam.pt")]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split(maxsplit=3) for line in shown.splitlines() if "held by" in line]
+    held = {line[3]: int(line[0].replace(",", "")) for line in lines}
+    assert list(held) == ["Encoder", "Decoder", "CellFinder", "model.json", "nobody"]
+    assert sum(held.values()) == 1 + sum(tensor.numel() for tensor in theirs.values())
+    assert "0, 1, 3, 4\n" in shown  # blocks that are built alike
+    assert "qkv  weight [576, 192]  bias [576]" in shown
+
+    (tmp_path / "fits.yaml").write_text("nheads: 4\nenc_layers: 2\ndropout: 0.0\n")
+    out = tmp_path / "out"
+    arguments = ["extract", str(tmp_path / "cellsam.pt"), str(out), "--modelconfig", str(tmp_path / "fits.yaml")]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "in advanced mode: model_cp is the Segment Anything model that counts" in shown
+    card = checkpoint.ModelCard.read(out)
+    assert card.detector is not None
+    assert (card.detector.heads, card.detector_sha256 in shown) == (4, True)
+    for text, message in (
+        ("num_query_position: 3500", "modelconfig says num_query_position: 3500; the checkpoint has 150"),
+        (
+            "attention_type: nn.MultiheadAttention",
+            "says attention_type: nn.MultiheadAttention; the checkpoint has RCDA",
+        ),
+        ("nheads: 5", "modelconfig says nheads: 5; expected a divisor of 64"),
+        ("nheads: many", "modelconfig says nheads: many"),
+    ):
+        (tmp_path / "other.yaml").write_text(text)
+        arguments = ["extract", str(tmp_path / "cellsam.pt"), str(tmp_path / "no"), "--modelconfig"]
+        assert cli.main([*arguments, str(tmp_path / "other.yaml")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no" / "model.json").exists()

@@ -121,7 +121,7 @@ def test_a_checkpoint_taken_apart(tmp_path: Path) -> None:
     unused = {name.split(".")[1] for name in read if name.startswith(cellsam_names.UNUSED)}
     assert unused == {"model", "detector"}  # the other SAM, and the first layer's heads
     card = checkpoint.extract(read, tmp_path / "out", source="test", source_sha256="")
-    assert (card.family, card.advanced) == ("custom", True)
+    assert (card.family, card.advanced) == ("nano_cellsam", True)
     again = checkpoint.ModelCard.read(tmp_path / "out")
     assert again == card
     table = checkpoint.parameter_table(read)
@@ -263,6 +263,12 @@ def test_holes_are_filled_and_specks_dropped() -> None:
     assert cells._tidy(labels).tolist() == [3, 9]
     assert [(labels == number).sum() for number in (1, 2)] == [100, 64]
     assert labels.max() == 2
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 0.9))
+def test_holes_are_those_of_scipy(seed: int, height: int, width: int, share: float) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    assert np.array_equal(cells._filled(mask), ndimage.binary_fill_holes(mask))
 
 
 def drawn(labels: np.ndarray) -> Cells:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,32 +122,30 @@ def _draw(labels: np.ndarray, logits: np.ndarray, value: int, image_size: int) -
     """Write `value` where a mask is, of logits [4g, 4g] of the square input: resized to that, then to the image, both
     bilinear. That is a product with a matrix on either side, of which only the part around the mask is computed."""
     above = logits > CUT
-    parts = []
+    places, matrices = [], []
     for axis, side in ((1, labels.shape[0]), (0, labels.shape[1])):
         there = np.flatnonzero(above.any(axis))
         if not len(there):
             return
         matrix, first, last = _resizing(len(logits), image_size, side)
-        out = slice(int(np.searchsorted(last, there[0])), int(np.searchsorted(first, there[-1], "right")))
-        if out.start >= out.stop:
-            return  # between two pixels of a small image
-        used = slice(int(first[out.start]), int(last[out.stop - 1]) + 1)
-        parts.append((out, used, matrix[out, used]))
-    (rows, from_rows, left), (columns, from_columns, right) = parts
-    labels[rows, columns][left @ logits[from_rows, from_columns] @ right.T > CUT] = value
+        place = slice(int(np.searchsorted(last, there[0])), int(np.searchsorted(first, there[-1], "right")))
+        places.append(place)
+        matrices.append(matrix[place])
+    rows, columns = matrices
+    labels[tuple(places)][(columns @ (rows @ logits).T).T > CUT] = value
 
 
 @lru_cache(64)
-def _resizing(count: int, middle: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[side, count] float32, which resizes `count` values to `middle` and those to `side`; and the first and the last
-    value that each result is made of."""
+def _resizing(count: int, middle: int, side: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """[side, count] float32, sparse, which resizes `count` values to `middle` and those to `side`; and the first and
+    the last value that each result is made of."""
     values = torch.eye(count)[None]
     for length in (middle, side):
         if values.shape[-1] != length:
             values = functional.interpolate(values, length, mode="linear", align_corners=False)
     matrix = values[0].T.contiguous().numpy()
     used = matrix != 0
-    return matrix, used.argmax(1), count - 1 - used[:, ::-1].argmax(1)
+    return sparse.csr_array(matrix), used.argmax(1), count - 1 - used[:, ::-1].argmax(1)
 
 
 def _tidy(labels: np.ndarray) -> np.ndarray:
@@ -160,8 +159,18 @@ def _tidy(labels: np.ndarray) -> np.ndarray:
             labels[place][mask] = 0
         else:
             kept.append(index + 1)
-            labels[place][ndimage.binary_fill_holes(mask)] = len(kept)
+            labels[place][_filled(mask)] = len(kept)
     return np.array(kept, np.int64)
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """As scipy.ndimage.binary_fill_holes, several times as fast: what is not connected with the edge is a hole."""
+    regions, count = ndimage.label(~mask)
+    outside = np.zeros(count + 1, bool)
+    for edge in (regions[0], regions[-1], regions[:, 0], regions[:, -1]):
+        outside[edge] = True
+    outside[0] = False  # the mask itself
+    return ~outside[regions]
 
 
 def _under(labels: np.ndarray, embedding: np.ndarray, count: int) -> np.ndarray:

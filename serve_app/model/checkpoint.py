@@ -98,8 +98,19 @@ ARCHITECTURES = {
 # CellSAM's, as its modelconfig.yaml has it, and a small one for tests: the SAM that it is made with, and its detector.
 CELLSAMS = {
     "cellsam": ("sam_vit_b", DetectorSizes(ARCHITECTURES["sam_vit_b"])),
-    "nano_cellsam": ("nano", DetectorSizes(ARCHITECTURES["nano"], 64, 4, 128, 2, 2, 150)),
+    "nano_cellsam": ("nano", DetectorSizes(ARCHITECTURES["nano"], 64, 8, 128, 2, 2, 150)),
 }
+CONFIGURED = {  # key of CellSAM's modelconfig.yaml → field of DetectorSizes
+    "hidden_dim": "width",
+    "nheads": "heads",
+    "dim_feedforward": "mlp_width",
+    "enc_layers": "encoder_layers",
+    "dec_layers": "decoder_layers",
+    "num_query_position": "anchors",
+    "num_query_pattern": "patterns",
+    "num_classes": "classes",
+}
+FIXED = {"spatial_prior": "learned", "attention_type": "RCDA", "num_feature_levels": 1}  # the only ones read here
 
 
 @dataclass(frozen=True)
@@ -216,18 +227,24 @@ def _vit(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Any]:
     }
 
 
-def recognise_detector(state: Mapping[str, torch.Tensor], heads: int = DetectorSizes.heads) -> DetectorSizes | None:
-    """The sizes of a CellSAM's detector, read off its tensors; None where there is none. `heads` is not in them."""
+def recognise_detector(
+    state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
+) -> DetectorSizes | None:
+    """The sizes of a CellSAM's detector, read off its tensors; None where there is none. `config` is its
+    modelconfig.yaml, by whose keys it is built: `nheads` is in no tensor, the others must agree with them.
+
+    Raises:
+        InvalidCheckpoint: the detector is another one than `config` says, or of a kind that CellSAM's is not.
+    """
     own, shape = "detector.transformer.", partial(_shape, state)
-    if not any(name.startswith("detector.") for name in state):
+    if not any(str(name).startswith("detector.") for name in state):
         return None
-    backbone = _vit(state, "detector.backbone.body.")
-    return DetectorSizes(
-        backbone=next(
-            (one for one in ARCHITECTURES.values() if replace(one, **backbone) == one), Architecture(**backbone)
-        ),
+    backbone, config = _vit(state, "detector.backbone.body."), config or {}
+    known = (one for one in ARCHITECTURES.values() if replace(one, **backbone) == one)
+    made = DetectorSizes(
+        backbone=next(known, Architecture(**backbone)),
         width=shape("detector.input_proj.0.0.weight", 4)[0],
-        heads=heads,
+        heads=config.get("nheads", DetectorSizes.heads),
         mlp_width=shape(own + "encoder_layers.0.ffn.linear1.weight", 2)[0],
         encoder_layers=_count(state, own + "encoder_layers."),
         decoder_layers=_count(state, own + "decoder_layers."),
@@ -235,6 +252,13 @@ def recognise_detector(state: Mapping[str, torch.Tensor], heads: int = DetectorS
         patterns=shape(own + "pattern.weight", 2)[0],
         classes=shape(own + "class_embed.weight", 2)[0],
     )
+    found = FIXED | {key: getattr(made, field) for key, field in CONFIGURED.items()}
+    for key in found.keys() & config.keys():
+        if config[key] != found[key]:
+            raise InvalidCheckpoint(f"modelconfig says {key}: {shown(config[key])}; the checkpoint has {found[key]}")
+    if not isinstance(made.heads, int) or made.heads < 1 or made.width % made.heads:
+        raise InvalidCheckpoint(f"modelconfig says nheads: {shown(made.heads)}; expected a divisor of {made.width}")
+    return made
 
 
 def _has_decoder(state: Mapping[str, torch.Tensor]) -> bool:
@@ -251,13 +275,13 @@ def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
     strangers = []
     memory: set[int] = set()
     for name, tensor in state.items():
-        part = _part(name)
-        if part is None:
+        own = parts.get(part(name))
+        if own is None:
             strangers.append(name)
         else:
             shared = tensor.untyped_storage().data_ptr() in memory  # safetensors stores no tensor twice
-            parts[part][name] = tensor.clone() if shared else tensor.contiguous()
-            memory.add(parts[part][name].untyped_storage().data_ptr())
+            own[name] = tensor.clone() if shared else tensor.contiguous()
+            memory.add(own[name].untyped_storage().data_ptr())
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise InvalidCheckpoint(
@@ -267,8 +291,11 @@ def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
     return parts
 
 
-def _part(name: str) -> str | None:
-    return next((part for prefix, part in PREFIXES.items() if name.startswith(prefix)), None)
+def part(name: str) -> str:
+    """ENCODER, DECODER, DETECTOR; `unused`, which no part reads, or `card`, which stands beside the weights."""
+    if name.startswith(cellsam_names.UNUSED):
+        return "unused"
+    return next((half for prefix, half in PREFIXES.items() if name.startswith(prefix)), "card")
 
 
 def extract(
@@ -279,10 +306,10 @@ def extract(
     source_sha256: str,
     licence: str = "unknown",
     trained: bool = True,
-    heads: int = DetectorSizes.heads,
+    config: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """Split `state` into `out`. The folder appears whole, `model.json` last; the same state gives the same bytes.
-    `heads` are the detector's, which its tensors do not tell.
+    `config`: a CellSAM's modelconfig.yaml, as of `recognise_detector`.
 
     Raises:
         InvalidCheckpoint: not a Segment Anything model, or numbers that are not finite.
@@ -294,7 +321,7 @@ def extract(
         if name not in apart and not str(name).startswith(cellsam_names.UNUSED)
     }
     family, sizes = recognise(weights)
-    detector = recognise_detector(weights, heads)
+    detector = recognise_detector(weights, config)
     if detector is not None:
         family = next((name for name, known in CELLSAMS.items() if known == (family, detector)), "custom")
         if detector.backbone.image_size != sizes.image_size:
@@ -390,15 +417,13 @@ def _faults(kind: str, names: Mapping[str, object]) -> list[str]:
 
 
 def parameter_table(state: Mapping[str, torch.Tensor]) -> list[tuple[str, str, int, int]]:
-    """Where parameters went: rows of (half, part, tensors, parameters), in file order; half `card` for those beside."""
+    """Where parameters went: rows of (`part`, its own part, tensors, parameters), in file order."""
     tensors: Counter[tuple[str, str]] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
     for name, tensor in state.items():
-        unused = name.startswith(cellsam_names.UNUSED)
-        half = "unused" if unused else _part(name) or "card"
-        part = ".".join(name.removeprefix(cellsam_names.UNUSED).split(".")[:2])
-        tensors[half, part] += 1
-        numbers[half, part] += tensor.numel()
+        key = part(name), ".".join(name.removeprefix(cellsam_names.UNUSED).split(".")[:2])
+        tensors[key] += 1
+        numbers[key] += tensor.numel()
     return [(*key, tensors[key], numbers[key]) for key in tensors]
 
 
