@@ -29,6 +29,7 @@ bench: $(READY)  ## ratios against peers; each prints a table and one line of JS
 	$(BIN)/python -m tests.benchmarks.serving
 	$(BIN)/python -m tests.benchmarks.nano
 	$(BIN)/python -m tests.benchmarks.finetune
+	$(BIN)/python -m tests.benchmarks.cellsam
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

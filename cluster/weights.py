@@ -114,11 +114,12 @@ def _from_archive(source: str, path: Path, model: ModelSettings) -> None:
     key, member = deepcell.parsed(source)
     archive = path.with_name(f"{path.name}.archive")
     for again in (True, False):
+        address = deepcell.address(key)
         try:
-            _download(deepcell.address(key), archive, model, key)
+            _download(address, archive, model, key)
             break
         except Forbidden:  # the address expires
-            if not again or not deepcell.token():
+            if not again:
                 raise
     try:
         deepcell.check(archive, key, model.sha256 is not None)

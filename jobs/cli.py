@@ -70,6 +70,21 @@ COMPACT_EXAMPLE = """examples:
   cellray compact s3://plates/out --dry-run
   cellray compact s3://plates/out && cellray verify s3://plates/out && cellray compact s3://plates/out --delete-old"""
 
+WEIGHTS = """Checkpoints on this node. Replicas fetch what they lack when they start; to have it there before:
+
+list    the models of the settings, whether this node has them, their licence and where they come from
+fetch   download, check, split and keep MODEL; an interrupted download goes on where it was
+verify  read MODEL's files here and compare their sha256
+where   print the folder that MODEL is kept in, and nothing else; exit code 1 if it is not there yet
+
+CellSAM's weights need a DeepCell access token (https://users.deepcell.org). It is read from the file that
+DEEPCELL_ACCESS_TOKEN_FILE names, from /run/secrets/deepcell_access_token, or from DEEPCELL_ACCESS_TOKEN; `fetch` asks
+for it where there is none. It is sent to DeepCell alone, and kept nowhere."""
+WEIGHTS_EXAMPLE = """examples:
+  cellray weights list
+  cellray weights fetch cellsam_general
+  DEEPCELL_ACCESS_TOKEN_FILE=~/deepcell.token cellray weights fetch cellsam_general"""
+
 KEY = """Print a new random key for the service, once, and the line with its hash for the keys file that service.keys of
 the settings names. Nothing is written. A number at the line's end is how many requests a minute this key may send. A
 service that runs reads the file again when it has changed; a key whose line is gone is refused from then on."""
@@ -128,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--licence", default="unknown", help="recorded in model.json, data sets and /v1/models")
     extract.add_argument("--float16", action="store_true", help="keep the numbers in float16")
     extract.add_argument("--modelconfig", metavar="YAML", help="a CellSAM's modelconfig.yaml; must fit its detector")
+
+    weights = command("weights", _weights, "list, fetch and verify checkpoints on this node", WEIGHTS, WEIGHTS_EXAMPLE)
+    weights.add_argument("action", choices=("list", "fetch", "verify", "where"), metavar="ACTION", help="one of these")
+    weights.add_argument("models", nargs="*", metavar="MODEL", help="by name in the settings")
 
     inspected = command(
         "inspect",
@@ -220,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--serve-config", type=Path, default=DEFAULT_SERVE_CONFIG, help="(default: %(default)s)")
     demo.add_argument("--to", type=Path, default=Path("demo"), help="folder to fill (default: %(default)s)")
     client.add_arguments(command("client", client.run, "ask a running service", client.ABOUT, client.EXAMPLES))
-    for one in (extract, inspected, onnx, gate, show, verify, compact, export, demo):
+    for one in (extract, inspected, weights, onnx, gate, show, verify, compact, export, demo):
         one.add_argument("--config", help="settings YAML")
     return made
 
@@ -250,6 +269,12 @@ def _extract(arguments: argparse.Namespace) -> int:
         mode = "in advanced mode: model_cp is the Segment Anything model that counts, model.* is not used"
         print(f"a CellSAM {mode if card.advanced else 'without advanced mode: model is the one that counts'}")
     return 0
+
+
+def _weights(arguments: argparse.Namespace) -> int:
+    from jobs import weights
+
+    return weights.run(arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

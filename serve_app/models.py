@@ -58,6 +58,11 @@ def prepare_decoder(settings: Settings, name: str, chosen: WeightsSettings | Non
     return folder
 
 
+def folder(settings: Settings, name: str) -> Path:
+    """Where `prepare` keeps the model, whether it is there or not."""
+    return weights.cache_folder(settings.weights_dir, name, _identity(find(settings, name)))
+
+
 def _prepared(settings: Settings, name: str, model: ModelSettings) -> Path:
     folder = weights.cache_folder(settings.weights_dir, name, _identity(model))
     with weights.lock(folder.with_suffix(".lock")):
