@@ -60,9 +60,14 @@ def content() -> bytes:
     return saved.getvalue()
 
 
+@pytest.fixture(scope="module")
+def archive(content: bytes) -> bytes:
+    return archive_of({"../evil": b"x", "cellsam_v1.2/other.pt": b"y", MEMBER: content})
+
+
 @pytest.fixture
-def store(content: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    made = Store(archive_of({"../evil": b"x", "cellsam_v1.2/other.pt": b"y", MEMBER: content}))
+def store(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    made = Store(archive)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
