@@ -135,6 +135,9 @@ class Settings(Frozen):
 
     storage: StorageSettings = StorageSettings()
     weights_dir: str = Field("~/.cache/cellray/weights", description="where checkpoints are kept, split, on a node")
+    weights_mirror: str | None = Field(
+        None, description="s3://… or a shared folder: what one node has fetched and split, the others take from there"
+    )
     models: dict[str, ModelSettings] = Field(default_factory=dict, description="by name; added to the built-in table")
     datasets: tuple[str, ...] = Field((), description="outputs of jobs.embed whose embeddings the service answers from")
     limits: Limits = Limits()

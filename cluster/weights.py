@@ -98,8 +98,7 @@ def fetched(model: ModelSettings, storage: Storage, kept: Path) -> Iterator[tupl
     path = kept / f"download-{key}{suffix}"
     with lock(path.with_name(f"download-{key}.lock")):
         if is_s3(source):
-            with storage.open(source) as remote, path.open("wb") as target:
-                _copy(remote, target, source)
+            _from_s3(source, path, storage)
         elif deepcell.is_deepcell(source):
             _from_archive(source, path, model)
         else:
@@ -108,6 +107,15 @@ def fetched(model: ModelSettings, storage: Storage, kept: Path) -> Iterator[tupl
             yield path, _checked(path, model)
         finally:
             path.unlink(missing_ok=True)
+
+
+def _from_s3(source: str, path: Path, storage: Storage) -> None:
+    try:
+        with storage.open(source) as remote, path.open("wb") as target:
+            _copy(remote, target, source)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _from_archive(source: str, path: Path, model: ModelSettings) -> None:
@@ -150,6 +158,9 @@ def _download(source: str, path: Path, model: ModelSettings, name: str = "") -> 
         busy = error.code >= 500 or error.code in (408, 429)
         kind = Unavailable if busy else Forbidden if error.code in (401, 403) else NotFound
         raise kind(f"{shown} answered {error.code} {error.reason}") from None
+    except InvalidCheckpoint:  # too large
+        known.unlink(missing_ok=True)
+        raise
     except http.client.InvalidURL:
         raise InvalidSettings(f"{shown} is no URL") from None
     except (OSError, http.client.HTTPException) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +12,15 @@ from pathlib import Path
 
 from cluster import deepcell, weights
 from cluster import settings as settings_module
-from cluster.errors import InvalidSettings, NotFound
+from cluster.errors import CellrayError, InvalidCheckpoint, InvalidSettings, NotFound
 from cluster.settings import ModelSettings, Settings, WeightsSettings
-from cluster.storage import Storage, mapped
+from cluster.storage import Storage, join, mapped
 from serve_app.contract import ModelInfo
 from serve_app.model import checkpoint, state
 
+log = logging.getLogger(__name__)
+
+CARD = "model.json"
 PACKAGED = "packaged:"  # and a folder of serve_app/weights
 PACKAGE = Path(__file__).parent / "weights"
 
@@ -66,10 +71,57 @@ def folder(settings: Settings, name: str) -> Path:
 def _prepared(settings: Settings, name: str, model: ModelSettings) -> Path:
     folder = weights.cache_folder(settings.weights_dir, name, _identity(model))
     with weights.lock(folder.with_suffix(".lock")):
-        if (folder / "model.json").exists():
+        if (folder / CARD).exists():
+            return folder
+        mirror = join(settings.weights_mirror, folder.name) if settings.weights_mirror and _remote(model) else None
+        storage = Storage(settings.storage)
+        if mirror and _is_there(storage, mirror):
+            _pull(storage, mirror, folder)
             return folder
         split(settings, model, folder)
+        if mirror:
+            _push(storage, folder, mirror)
     return folder
+
+
+def _remote(model: ModelSettings) -> bool:
+    return "://" in model.source or deepcell.is_deepcell(model.source)
+
+
+def _is_there(storage: Storage, mirror: str) -> bool:
+    try:
+        return storage.exists(join(mirror, CARD))
+    except CellrayError as error:
+        log.warning(f"{mirror} cannot be read, the weights are fetched from where they come from: {error}")
+        return False
+
+
+def _pull(storage: Storage, mirror: str, folder: Path) -> None:
+    """What another node has split; checked, then put in place, the card last."""
+    with mapped(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pulled-") as name:
+            made = Path(name)
+            storage.fetch(join(mirror, CARD), made / CARD)
+            files = checkpoint.ModelCard.read(made).files()
+            for file, sha256 in files.items():
+                found = storage.fetch(join(mirror, file), made / file)
+                if found != sha256:
+                    raise InvalidCheckpoint(
+                        f"{join(mirror, file)} has sha256 {found[:12]}…, its card says {sha256[:12]}…: delete "
+                        f"{mirror}, and it is fetched and split anew"
+                    )
+            for file in (*files, CARD):
+                os.replace(made / file, folder / file)
+
+
+def _push(storage: Storage, folder: Path, mirror: str) -> None:
+    """For the other nodes. One that cannot be reached is no reason not to serve here."""
+    try:
+        for file in (*checkpoint.ModelCard.read(folder).files(), CARD):
+            storage.publish(join(mirror, file), folder / file)
+    except CellrayError as error:
+        log.warning(f"{mirror} does not get the weights, the other nodes fetch them too: {error}")
 
 
 def split(
@@ -132,7 +184,7 @@ def _packaged(source: str) -> Path:
 
 def _identity(model: ModelSettings) -> str:
     """What the cached split depends on; a local file that was replaced, or one in a folder, is another one."""
-    local = "://" not in model.source and not model.source.startswith((weights.SEEDED, deepcell.SCHEME))
+    local = not _remote(model) and not weights.is_seeded(model.source)
     path = _packaged(model.source) if model.source.startswith(PACKAGED) else Path(model.source).expanduser()
     files = weights.files(path) if local else []
     files += weights.files(Path(model.modelconfig).expanduser()) if model.modelconfig else []

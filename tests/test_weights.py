@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import http.server
 import io
+import logging
 import multiprocessing
 import os
 import shutil
@@ -303,6 +304,49 @@ def test_two_processes_at_once_make_one_folder(
     assert len(folders) == 1
     is_the_checkpoint(Path(folders.pop()), state)
     assert len([name for name in os.listdir(made.weights_dir) if not name.endswith(".lock")]) == 1
+
+
+@pytest.mark.parametrize("kind", ["s3", "folder"])
+def test_one_node_fetches_for_all(
+    kind: str,
+    s3: S3,
+    web: str,
+    trained: bytes,
+    state: checkpoint.State,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mirror = s3.make_bucket("test-mirror") + "/weights" if kind == "s3" else str(tmp_path / "shared")
+    made = [
+        settings(tmp_path / node, f"{web}/good.pth", digest(trained), s3.settings).model_copy(
+            update={"weights_mirror": mirror}
+        )
+        for node in ("one", "two", "three")
+    ]
+    first = models.prepare(made[0], "mine")
+    monkeypatch.setattr(models, "read", lambda *_: pytest.fail("fetched again"))
+    second = models.prepare(made[1], "mine")
+    assert first != second
+    assert is_the_checkpoint(second, state) == ModelCard.read(first)
+    assert [path.name for path in (tmp_path / "two" / "weights").iterdir() if path.name.startswith(".")] == []
+
+    storage = Storage(s3.settings)
+    uri = f"{mirror}/{first.name}/decoder.safetensors"
+    storage.overwrite(uri, b"damaged")
+    message = refused(InvalidCheckpoint, made[2])
+    assert "decoder.safetensors has sha256" in message
+    assert f"delete {mirror}/{first.name}" in message
+
+
+def test_a_mirror_that_cannot_be_written(
+    web: str, trained: bytes, state: checkpoint.State, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    made = settings(tmp_path, f"{web}/good.pth", digest(trained))
+    with caplog.at_level(logging.WARNING):
+        folder = models.prepare(made.model_copy(update={"weights_mirror": str(tmp_path / "file" / "in")}), "mine")
+    is_the_checkpoint(folder, state)
+    assert "the other nodes fetch them too" in caplog.text
 
 
 def test_an_encoder_alone_is_served_and_says_why_it_makes_no_masks(

@@ -19,6 +19,8 @@ from torch.nn import functional
 from cluster.errors import InvalidSettings
 from serve_app.model import checkpoint
 from serve_app.model.checkpoint import DetectorSizes
+from serve_app.model.encoder import check_device, check_dtype
+from serve_app.model.flash_encoder import FlashViT, batches
 
 QUERIES_AT_ONCE = 512  # of row-column attention on a CPU: what they look at together fits its cache
 TEMPERATURE = 10_000  # of sine embeddings
@@ -216,8 +218,6 @@ class TorchDetector:
     """The modules in torch: in float32 anywhere, in bfloat16 on a GPU, where attention is that of `flash_encoder`."""
 
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
-        from serve_app.model.flash_encoder import FlashViT
-
         self.card = checkpoint.ModelCard.read(folder)
         self.device, self.dtype = device, getattr(torch, dtype)
         self.runtime = f"torch {dtype} on {device}"
@@ -228,8 +228,9 @@ class TorchDetector:
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, boxes = self.module(pixels.to(self.device, self.dtype))
-        return logits, boxes
+        found = [self.module(part.to(self.device, self.dtype)) for part in batches(pixels)]
+        logits, boxes = zip(*found, strict=True)
+        return torch.cat(logits), torch.cat(boxes)
 
 
 def _openvino(folder: Path, device: str, dtype: str) -> Detector:
@@ -250,8 +251,6 @@ def load(folder: Path, runtime: str = "auto", device: str = "cpu", dtype: str = 
         InvalidSettings: no such runtime or dtype, a device that is not there, or a runtime that cannot use them.
         InvalidCheckpoint: the model has no detector.
     """
-    from serve_app.model.encoder import check_device, check_dtype
-
     device = check_device(device)
     check_dtype(dtype, device)
     if runtime == "auto":

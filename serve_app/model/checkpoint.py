@@ -152,6 +152,10 @@ class ModelCard:
         """Of ENCODER, DECODER or DETECTOR; empty where the model has none."""
         return {ENCODER: self.encoder_sha256, DECODER: self.decoder_sha256, DETECTOR: self.detector_sha256}[part]
 
+    def files(self) -> dict[str, str]:
+        """The name and sha256 of each part's file beside the card."""
+        return {f"{one}.safetensors": own for one in (ENCODER, DECODER, DETECTOR) if (own := self.sha256(one))}
+
 
 def _architecture(values: dict[str, Any]) -> Architecture:
     return Architecture(**values | {"global_blocks": tuple(values["global_blocks"])})
