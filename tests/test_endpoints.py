@@ -202,7 +202,7 @@ def test_a_preview_of_what_changed_since_is_refused(
 
 
 def test_the_decoder_as_onnx(http: httpx.Client, image: bytes, identity: str) -> None:
-    answer = http.get("/v1/models/nano/decoder.onnx", timeout=240)  # exporting takes half a minute, or longer
+    answer = http.get("/v1/models/nano/decoder.onnx")
     assert answer.status_code == 200, answer.text
     tag = {"if-none-match": answer.headers["etag"]}
     assert http.get("/v1/models/nano/decoder.onnx", headers=tag).status_code == 304

@@ -100,9 +100,9 @@ def test_what_is_lost_duplicated_or_wrong_is_counted() -> None:
 
 
 def test_jobs_on_a_storage_that_fails_and_processes_that_are_killed() -> None:
-    command = [sys.executable, "-m", "tests.benchmarks.faults", "--some", "6", "--runs", "1", "--faults", "8"]
+    command = [sys.executable, "-m", "tests.benchmarks.faults", "--some", "12", "--runs", "1", "--faults", "15"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])["figures"]
-    assert figures["faults_fired"] >= 8
+    assert figures["faults_fired"] >= 15
     assert figures["lost"] == figures["duplicated"] == figures["wrong"] == figures["points_never_reached"] == 0

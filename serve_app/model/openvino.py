@@ -34,15 +34,14 @@ MODEL = "model.xml"  # its numbers are in model.bin
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-class OpenVINOEncoder:
-    """ImageEncoderViT in float32, or with its products in bfloat16, on as many threads as torch has when it is made.
-
-    Images go through one at a time: larger batches are no faster on a CPU, and a batch of one bounds memory. An answer
-    does not depend on its neighbours, not in the last bit.
+class _Part:
+    """A part of a split model, compiled; on as many threads as torch has when it is made.
 
     Raises:
         InvalidSettings: OpenVINO is not installed, the device is no CPU, or the CPU has no bfloat16 arithmetic.
     """
+
+    name: str  # as of `ModelCard.sha256`
 
     def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         if device != "cpu":
@@ -50,8 +49,25 @@ class OpenVINOEncoder:
         core = make_core(dtype)
         self.card = checkpoint.ModelCard.read(folder)
         self.runtime = f"openvino {dtype} on cpu"
-        self.request = request(core, _converted(core, folder, self.card, checkpoint.ENCODER), dtype)
+        self.request = request(core, _converted(core, folder, self.card, self.name), dtype)
         self.lock = threading.Lock()  # a request holds one image's buffers
+
+    def each(self, pixels: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """The outputs for one image of a batch [B, 3, S, S] float32 after the other."""
+        for one in pixels.split(1):
+            with self.lock:  # outputs are the request's own memory: copied before the next run
+                found = self.request.infer([one.numpy()], share_inputs=True, share_outputs=True)
+                yield [torch.from_numpy(found[index].copy()) for index in range(len(found))]
+
+
+class OpenVINOEncoder(_Part):
+    """ImageEncoderViT in float32, or with its products in bfloat16.
+
+    Images go through one at a time: larger batches are no faster on a CPU, and a batch of one bounds memory. An answer
+    does not depend on its neighbours, not in the last bit.
+    """
+
+    name = checkpoint.ENCODER
 
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """B images [h, w, 3] uint8 RGB, long side = input size S → [B, 256, S/patch, S/patch] float32."""
@@ -64,33 +80,18 @@ class OpenVINOEncoder:
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, S, S] float32, normalised and padded → as `encode`."""
-        return torch.cat([found for (found,) in _each(self.request, self.lock, pixels)])
+        return torch.cat([found for (found,) in self.each(pixels)])
 
 
-class OpenVINODetector:
+class OpenVINODetector(_Part):
     """As OpenVINOEncoder, for `cellfinder.CellFinder`."""
 
-    def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
-        if device != "cpu":
-            raise InvalidSettings(f"runtime 'openvino' runs on a CPU, not on {device!r}")
-        core = make_core(dtype)
-        self.card = checkpoint.ModelCard.read(folder)
-        self.runtime = f"openvino {dtype} on cpu"
-        self.request = request(core, _converted(core, folder, self.card, checkpoint.DETECTOR), dtype)
-        self.lock = threading.Lock()
+    name = checkpoint.DETECTOR
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, 3, S, S] float32 → ([B, Q, classes] logits, [B, Q, 4] boxes) float32, as `cellfinder.Detector`."""
-        logits, boxes = zip(*_each(self.request, self.lock, pixels), strict=True)
+        logits, boxes = zip(*self.each(pixels), strict=True)
         return torch.cat(logits), torch.cat(boxes)
-
-
-def _each(request: Any, lock: threading.Lock, pixels: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """The outputs for one image of a batch after the other."""
-    for one in pixels.split(1):
-        with lock:  # outputs are the request's own memory: copied before the next run
-            found = request.infer([one.numpy()], share_inputs=True, share_outputs=True)
-            yield [torch.from_numpy(found[index].copy()) for index in range(len(found))]
 
 
 def request(core: Any, model: Any, dtype: str) -> Any:
