@@ -18,12 +18,16 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="cellray-test-home-")
 os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
+import hypothesis
 import pytest
 import yaml
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from jobs import samples
 from tests.s3 import server
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("untimed")
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 GRPC = "serve_app.oip_messages.add_to_server"

@@ -414,7 +414,7 @@ def seeds() -> list[bytes]:
     return [*kinds, scientific(CHANNELS.astype(np.float64), True), scientific(CHANNELS, False)]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_files_raise_nothing_else(seeds: list[bytes], data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(seeds)))
@@ -424,7 +424,7 @@ def test_damaged_files_raise_nothing_else(seeds: list[bytes], data: st.DataObjec
     outcome(bytes(content[: data.draw(st.one_of(st.none(), place))]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=400), st.sampled_from([b"", b"II*\0", b"MM\0*", b"\xff\xd8\xff", b"GIF89a"]))
 def test_bytes_of_nothing_raise_nothing_else(data: bytes, start: bytes) -> None:
     outcome(start + data)
@@ -447,7 +447,7 @@ def test_input_size_is_segment_anythings(height: int, width: int, image_size: in
     assert max(found) == image_size
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 600), st.integers(1, 600), st.sampled_from([64, 256]))
 def test_resize_is_segment_anythings(height: int, width: int, image_size: int) -> None:
     transform = ResizeLongestSide(image_size)
@@ -470,7 +470,7 @@ def test_coordinates_are_segment_anythings(height: int, width: int, seed: int) -
     assert np.array_equal(found, transform.apply_coords(points, (height, width)).astype(np.float32))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 256), st.booleans(), st.integers(0, 99))
 def test_normalise_is_segment_anythings(sam: Sam, short: int, upright: bool, seed: int) -> None:
     shape = (256, short, 3) if upright else (short, 256, 3)

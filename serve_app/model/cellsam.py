@@ -9,7 +9,7 @@ Source of all steps and numbers: CellSAM (vanvalenlab/cellSAM, 2025-11), as read
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.errors import InvalidImage, InvalidInput, InvalidSettings
-from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
+from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD, Size
 
 PREPROCESS = "cellsam-1"
 CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
@@ -26,6 +26,7 @@ KERNEL = 128  # pixels: contrast is equalised over squares of this
 INPUT_BRIGHTEST = 99.5  # percentile of the square input's values above 0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPSILON = 1e-6
+BAND = 512  # rows of an image in windows that are looked at together
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,80 @@ class Options:
             raise InvalidInput(f"overlap is {self.overlap}; expected 0 to half of block_size, {self.block_size // 2}")
 
 
-def channels(image: np.ndarray) -> np.ndarray:
-    """[h, w] grey, or [h, w, C] with C from 1 to 3, of any number type → [h, w, 3] float32, each channel from 0 to 1 by
-    its own minimum and maximum. Grey is the last channel; of two, the first are nuclei and the second whole cells.
+class Windows(Protocol):
+    """An image that is read part by part."""
+
+    size: Size
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """[h, w] or [h, w, 1 to 3] of any number type."""
+        ...
+
+
+class Pixels:
+    """An image's pixels as `normalise` gives them, tile by tile. `size` is (height, width); `bbox_threshold` that of
+    the options, or what `enhance` takes in its place."""
+
+    def __init__(self, image: np.ndarray | Windows, options: Options) -> None:
+        """image: as `channels` has it; or one to be read in windows, of which no more than BAND rows are held.
+
+        Raises:
+            InvalidImage: of another shape, or not finite. InvalidInput: an option is out of its range, or it needs an
+                image in windows as a whole.
+        """
+        options.check()
+        self.options, self.bbox_threshold, self.image = options, options.bbox_threshold, image
+        if isinstance(image, np.ndarray):
+            self.size: Size = image.shape[:2] if image.ndim >= 2 else (0, 0)
+            self.extremes = extremes(image)
+            if options.low_contrast_enhancement:
+                self.image, threshold = enhance(channels(image, self.extremes))
+                self.extremes = np.array([[0, 1]] * CHANNELS, np.float32)
+                self.bbox_threshold = options.bbox_threshold if threshold is None else threshold
+            return
+        if options.low_contrast_enhancement:
+            raise InvalidInput("low_contrast_enhancement looks at a whole image, and this one is too large for it")
+        self.size = image.size
+        height, width = self.size
+        bands = (slice(start, min(start + BAND, height)) for start in range(0, height, BAND))
+        found = np.array([extremes(image.read(band, slice(0, width))) for band in bands])
+        self.extremes = np.stack([found[..., 0].min(0), found[..., 1].max(0)], 1)
+
+    @property
+    def whole(self) -> tuple[slice, slice]:
+        return slice(0, self.size[0]), slice(0, self.size[1])
+
+    def tile(self, place: tuple[slice, slice]) -> np.ndarray:
+        """[h, w, 3] float32 in 0–1."""
+        seen = self.image[place] if isinstance(self.image, np.ndarray) else self.image.read(*place)
+        return normalise(channels(seen, self.extremes))
+
+
+def extremes(image: np.ndarray) -> np.ndarray:
+    """An image as `channels` has it → [3, 2] float32, the least and greatest value of each channel. Raises as that."""
+    planes = image[..., None] if image.ndim == 2 else image
+    if planes.ndim != 3 or not 1 <= planes.shape[2] <= CHANNELS or 0 in planes.shape or planes.dtype.kind not in "buif":
+        raise InvalidImage(f"expected [h, w] or [h, w, 1 to 3] numbers, found {list(image.shape)} {image.dtype}")
+    found = np.zeros((CHANNELS, 2), np.float32)
+    found[CHANNELS - planes.shape[2] :] = np.stack([planes.min((0, 1)), planes.max((0, 1))], 1)
+    if not np.isfinite(found).all():
+        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
+    return found
+
+
+def channels(image: np.ndarray, between: np.ndarray | None = None) -> np.ndarray:
+    """[h, w] grey, or [h, w, C] with C from 1 to 3, of any number type → [h, w, 3] float32, each channel from 0 to 1
+    `between` its own minimum and maximum, or those that are given, as `extremes` has them for what this is a part of.
+    Grey is the last channel; of two, the first are nuclei and the second whole cells.
 
     Raises:
         InvalidImage: of another shape, or with values that are not finite.
     """
+    between = extremes(image) if between is None else between
     planes = image[..., None] if image.ndim == 2 else image
-    if planes.ndim != 3 or not 1 <= planes.shape[2] <= CHANNELS or 0 in planes.shape or planes.dtype.kind not in "buif":
-        raise InvalidImage(f"expected [h, w] or [h, w, 1 to 3] numbers, found {list(image.shape)} {image.dtype}")
-    if not np.isfinite(planes).all():
-        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
     placed = np.zeros((*planes.shape[:2], CHANNELS), np.float32)
     placed[..., CHANNELS - planes.shape[2] :] = planes
-    for index in range(CHANNELS):
-        low, high = placed[..., index].min(), placed[..., index].max()
+    for index, (low, high) in enumerate(between):
         if high > low:
             placed[..., index] = (placed[..., index] - low) / (high - low)
     return placed

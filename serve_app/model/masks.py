@@ -74,6 +74,11 @@ def encode(masks: np.ndarray) -> list[str]:
     return [rle["counts"].decode() for rle in encoded]
 
 
+def encode_at(mask: np.ndarray, corner: tuple[int, int], size: Size) -> str:
+    """[h, w] bool, whose upper left pixel is `corner` (y, x) of an image of `size` → its RLE in that image."""
+    return _placed(encode(mask[None])[0], mask.shape[0], corner[1], corner[0], size)
+
+
 def decode(counts: list[str], size: Size) -> np.ndarray:
     """Compressed COCO RLE strings → [N, height, width] bool.
 

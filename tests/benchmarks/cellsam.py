@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve_app.model import cellfinder, cells, cellsam, checkpoint
-from serve_app.model.cells import Boxes
+from serve_app.model import cell_masks, cellfinder, cells, cellsam, checkpoint
+from serve_app.model.cell_masks import Boxes
 from tests import cellsam_oracle
 from tests.benchmarks.nano import report
 
@@ -54,7 +54,7 @@ def ours(connection: Connection, folder: Path, dtype: str) -> None:
         (embedding,) = cells.embed(model.encoder, [ready])
         boxed = time.perf_counter()
         chosen = Boxes(found.boxes[:BOXES], found.scores[:BOXES])
-        made = cells.paint(model.decoder, embedding, chosen, (SIDE, SIDE))
+        made = cell_masks.paint(model.decoder, embedding, chosen, (SIDE, SIDE))
         return answer(started, boxed, found.scores, chosen.boxes, embedding, made.labels)
 
     serve(connection, segment, f"{model.encoder.runtime}; {model.detector.runtime}; {model.decoder.runtime}")
