@@ -72,9 +72,10 @@ class ModelSettings(WeightsSettings):
     modelconfig: str | None = Field(
         None, description="a CellSAM's own YAML, which says what its detector's sizes are; a path or s3://…"
     )
+    cells: bool = Field(False, description="it is a CellSAM: serve its detector too, which finds every cell")
 
 
-DEFAULT_MODELS: dict[str, dict[str, str]] = {
+DEFAULT_MODELS: dict[str, dict[str, str | bool]] = {
     "nano": {"source": "packaged:nano", "licence": "Apache-2.0"},
     "sam_vit_b": {
         "source": PUBLIC_WEIGHTS + "sam_vit_b_01ec64.pth",
@@ -95,6 +96,7 @@ DEFAULT_MODELS: dict[str, dict[str, str]] = {
         name: {
             "source": f"deepcell:models/cellsam-models_v1.2.tar.gz#cellsam_v1.2/{name}.pt",
             "licence": "CellSAM's modified Apache-2.0, not for commercial use: github.com/vanvalenlab/cellSAM",
+            "cells": True,
         }
         for name in ("cellsam_general", "cellsam_extra")
     },

@@ -30,16 +30,23 @@ def decoder_deployment(model: str) -> str:
     return f"{model}-decoder"
 
 
+def cellfinder_deployment(model: str) -> str:
+    """Of models whose settings say `cells: true`."""
+    return f"{model}-cellfinder"
+
+
 def image_id(data: bytes, part: str = "") -> str:
     """sha256 of the image file's bytes, hex; of a part of it, sha256 over that and the part's name."""
     whole = hashlib.sha256(data).hexdigest()
     return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
 
 
-def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE) -> str:
-    """sha256 over what an embedding is a function of: image, preprocessing, encoder, `kept`, one of DTYPES or POOLED,
+def embedding_id(
+    image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE, preprocess: str = PREPROCESS
+) -> str:
+    """sha256 over what an embedding is a function of: image, `preprocess`, encoder, `kept`, one of DTYPES or POOLED,
     and `dtype`, what it was computed in. Hex."""
-    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, kept, dtype)).encode()).hexdigest()
+    return hashlib.sha256("\n".join((image, preprocess, encoder_sha256, kept, dtype)).encode()).hexdigest()
 
 
 def packed(logits: np.ndarray) -> dict[str, Any]:
@@ -55,8 +62,8 @@ def unpacked(shape: Sequence[int], data: str) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex; `dtype` is what products are
-    computed in; `warning` is for whoever runs the service."""
+    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex, empty for a part that it has not;
+    `dtype` is what products are computed in; `warning` is for whoever runs the service."""
 
     name: str
     family: str
@@ -65,6 +72,7 @@ class ModelInfo:
     channels: int
     encoder_sha256: str
     decoder_sha256: str
+    detector_sha256: str
     licence: str
     trained: bool
     runtime: str

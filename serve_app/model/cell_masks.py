@@ -105,6 +105,15 @@ def outlined(cells: Sequence[Cell], size: Size) -> MaskSet:
     return MaskSet(size, counts, around, areas, ious, np.zeros_like(ious), order, seen)
 
 
+@dataclass(frozen=True, slots=True)
+class CellsRequest:
+    """What `paint` takes: an embedding [C, g, g], boxes of its square input, and the image's (height, width)."""
+
+    embedding: np.ndarray
+    found: Boxes
+    size: Size
+
+
 def paint(model: Decoder, embedding: np.ndarray, found: Boxes, size: Size) -> Cells:
     """An image of `size` (height, width), its embedding [C, g, g] and boxes → its cells. Where masks overlap, that of
     the lower score stays; holes are filled; cells of fewer than LEAST_AREA pixels are left out."""

@@ -20,31 +20,56 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from serve_app.model import cellfinder, cellsam, checkpoint, decoder, encoder, seams
+from cluster.errors import CellrayError, InvalidImage
+from serve_app.model import batched, cellfinder, cellsam, checkpoint, decoder, encoder, seams
 from serve_app.model.cell_masks import Boxes, Cells, paint
 from serve_app.model.cellfinder import Detector
-from serve_app.model.cellsam import Options, Pixels
+from serve_app.model.cellsam import CHANNELS, Options, Pixels
 from serve_app.model.decoder import Decoder
 from serve_app.model.encoder import Encoder
 from serve_app.model.preprocess import Size
 
+MAX_BATCH = 8  # images at once; past it ViT encoders gain little
 SMALL = 0.002  # of the image: cells of less are best seen in tiles (gauge_cell_size)
 
 
-def find(detector: Detector, images: Sequence[np.ndarray], device: str = "cpu") -> list[Boxes]:
-    """Images [h, w, 3] float32 of `cellsam.normalise` → all the boxes that the detector has for each."""
+def find(
+    detector: Detector, images: Sequence[np.ndarray], device: str = "cpu", max_batch: int = MAX_BATCH
+) -> list[Boxes | CellrayError]:
+    """Images [h, w, 3] float32 of `cellsam.normalise` → all the boxes that the detector has for each; InvalidImage in
+    place of one that is none."""
     size, advanced = detector.card.architecture.image_size, detector.card.advanced
-    inputs = [cellsam.detector_input(cellsam.square(one, size, device), advanced) for one in images]
-    logits, places = detector.forward(torch.stack(inputs))
-    scores, boxes = cellfinder.boxes(logits, places, size)
-    return [Boxes(*pair) for pair in zip(boxes.cpu().numpy(), scores.cpu().numpy(), strict=True)]
+
+    def run(some: list[np.ndarray]) -> list[Boxes]:
+        inputs = [cellsam.detector_input(cellsam.square(one, size, device), advanced) for one in some]
+        scores, boxes = cellfinder.boxes(*detector.forward(torch.stack(inputs)), size)
+        return [Boxes(*pair) for pair in zip(boxes.cpu().numpy(), scores.cpu().numpy(), strict=True)]
+
+    return batched.answers(images, _problem, run, max_batch)
 
 
-def embed(model: Encoder, images: Sequence[np.ndarray], device: str = "cpu") -> list[np.ndarray]:
-    """Images [h, w, 3] float32 of `cellsam.normalise` → [C, g, g] float32 each, over the whole square."""
+def embed(
+    model: Encoder,
+    images: Sequence[np.ndarray],
+    device: str = "cpu",
+    max_batch: int = MAX_BATCH,
+    dtype: str = "float32",
+) -> list[np.ndarray | CellrayError]:
+    """Images [h, w, 3] float32 of `cellsam.normalise` → [C, g, g] of `dtype` each, over the whole square; an error in
+    place of one that is none, or whose embedding `dtype` cannot hold."""
     size, advanced = model.card.architecture.image_size, model.card.advanced
-    inputs = [cellsam.encoder_input(cellsam.square(one, size, device), advanced) for one in images]
-    return list(model.forward(torch.stack(inputs)).cpu().numpy())
+
+    def run(some: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
+        inputs = [cellsam.encoder_input(cellsam.square(one, size, device), advanced) for one in some]
+        return encoder.held(model.forward(torch.stack(inputs)), dtype)
+
+    return batched.answers(images, _problem, run, max_batch)
+
+
+def _problem(image: np.ndarray) -> InvalidImage | None:
+    if image.dtype == np.float32 and image.ndim == CHANNELS == image.shape[-1] and image.size:
+        return None
+    return InvalidImage(f"expected [h, w, 3] float32 of cellsam.normalise, found {list(image.shape)} {image.dtype}")
 
 
 def too_large(areas: np.ndarray, size: Size, options: Options) -> bool:
@@ -80,6 +105,11 @@ class CellSAM:
         """[h, w, 3] float32 of `cellsam.normalise` → its cells, without tiles."""
         (found,) = find(self.detector, [ready], self.device)
         (embedding,) = embed(self.encoder, [ready], self.device)
+        for one in (found, embedding):
+            if isinstance(one, CellrayError):
+                raise one
+        assert isinstance(found, Boxes)
+        assert isinstance(embedding, np.ndarray)
         return paint(self.decoder, embedding, found.above(bbox_threshold), (ready.shape[0], ready.shape[1]))
 
 
