@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import time
 import tracemalloc
@@ -284,6 +285,47 @@ def test_real_files_of_every_kind(sample_images: Path) -> None:
     assert chelsea.shape == (300, 451, 3)
     planar = tifffile.imread(sample_images / "multipage_rgb.tif", key=0)  # float64, [3, h, w]
     assert_near(decode((sample_images / "multipage_rgb.tif").read_bytes()), stretched(np.moveaxis(planar, 0, -1)))
+
+
+# Samples as they are kept
+
+KEPT = {
+    "grey": (pillow(GREY, "PNG"), GREY[..., None]),
+    "bilevel": (pillow(Image.fromarray(GREY > 99), "PNG"), ((GREY > 99) * np.uint8(255))[..., None]),
+    "rgb": (pillow(RGB, "PNG"), RGB),
+    "uint16.png": (pillow(DEEP, "PNG"), DEEP[..., None]),
+    "uint16.tif": (pillow(DEEP, "TIFF"), DEEP[..., None]),
+    "big-endian.tif": (tiff(DEEP, byteorder=">"), DEEP[..., None]),
+    "int32.tif": (tiff(scaled("int32"), byteorder=">", compression="zlib"), scaled("int32")[..., None]),
+    "float32.tif": (tiff(scaled("float32")), scaled("float32")[..., None]),
+    "float64.tif": (tiff(scaled("float64")), scaled("float64")[..., None]),
+    "two.tif": (scientific(CHANNELS[..., :2], True), CHANNELS[..., :2]),
+    "deep-two.tif": (scientific(CHANNELS[..., :2].astype(np.uint16), False), CHANNELS[..., :2].astype(np.uint16)),
+    "six.tif": (scientific(CHANNELS.astype(np.float32), False), CHANNELS[..., :3].astype(np.float32)),
+    "turned.tif": (tiff(DEEP, extratags=[(274, "H", 1, 6, True)]), np.rot90(DEEP, -1)[..., None]),
+    "palette": (pillow(Image.fromarray(GREY).convert("P"), "PNG"), three(GREY)),
+    "alpha": (pillow(np.dstack([GREY, np.full_like(GREY, 255)]), "PNG"), three(GREY)),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_samples_are_as_the_file_keeps_them_and_decode_stretches_them(name: str) -> None:
+    data, expected = KEPT[name]
+    found = preprocess.samples(data, LIMIT)
+    assert found.dtype == expected.dtype
+    assert found.dtype.isnative
+    assert found.flags.c_contiguous
+    assert np.array_equal(found, expected)
+    assert np.array_equal(decode(data), preprocess.stretch(expected))
+    assert np.array_equal(preprocess.prepare(data, 31, LIMIT).pixels, decode(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"II*\0", tiff(np.full((9, 9), np.nan, np.float32))])
+def test_samples_raise_what_decode_does(data: bytes) -> None:
+    with pytest.raises(CellrayError) as expected:
+        preprocess.decode(data, LIMIT)
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value))):
+        preprocess.samples(data, LIMIT)
 
 
 # What is refused

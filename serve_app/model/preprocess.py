@@ -65,16 +65,28 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         UnsupportedImage: of no format in FORMATS.
         InvalidImage: damaged, cut short, or with values that are not finite.
     """
-    return np.ascontiguousarray(np.asarray(_decoded(data, max_pixels)))
+    return stretch(samples(data, max_pixels))
+
+
+def samples(data: bytes, max_pixels: int) -> np.ndarray:
+    """Image file bytes → [height, width, 1 to 3] of the type that they are kept in, by the rules above but for the
+    stretching: grey is one channel, and two stay two. Raises as `decode`."""
+    pixels = np.asarray(_decoded(data, max_pixels))
+    pixels = (pixels[..., None] if pixels.ndim == 2 else pixels)[..., :3]
+    check_finite(pixels)
+    return np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
 
 
 def prepare(data: bytes, image_size: int, max_pixels: int) -> ModelImage:
     """`resize` of `decode`, without a copy of the pixels between them. Raises as `decode`."""
-    return resize(_decoded(data, max_pixels), image_size)
+    found = _decoded(data, max_pixels)
+    if isinstance(found, np.ndarray):
+        return resize(stretch(found), image_size)
+    return resize(found if found.mode == "RGB" else found.convert("RGB"), image_size)
 
 
 def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
-    """An RGB image, or its pixels as `decode` gives them."""
+    """A grey or RGB image of 8 bits, or [h, w, C] pixels of any type."""
     if not data:
         raise InvalidImage("the file is empty")
     if data[:4] in TIFFS:
@@ -84,7 +96,7 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
             check_size(image.width, image.height, max_pixels)
             if image.format == "TIFF" and not _pillow_keeps(image):
                 return _decode_tiff(data, max_pixels)
-            return _to_rgb8(image)
+            return _upright_image(image)
     except CellrayError:
         raise
     except UnidentifiedImageError as error:
@@ -166,15 +178,17 @@ def _tuple(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _to_rgb8(image: Image.Image) -> Image.Image | np.ndarray:
+def _upright_image(image: Image.Image) -> Image.Image | np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
-        return stretch(np.asarray(image)[..., None])
+        return np.asarray(image)[..., None]
     if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
@@ -183,7 +197,7 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            return stretch(page_pixels(file, file.pages.first, max_pixels))
+            return page_pixels(file, file.pages.first, max_pixels)
     except CellrayError:
         raise
     except Exception as error:
@@ -250,8 +264,7 @@ def stretch(pixels: np.ndarray) -> np.ndarray:
 
 def stretched(pixels: np.ndarray) -> np.ndarray:
     """Of any shape, and integer or float type → uint8. Raises InvalidImage: not all are finite."""
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
+    check_finite(pixels)
     if pixels.dtype == np.uint8:
         return pixels
     values: np.ndarray = pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32)
@@ -261,6 +274,12 @@ def stretched(pixels: np.ndarray) -> np.ndarray:
     scale = 255.0 / (high - low) if high > low else 0.0
     made: np.ndarray = np.clip((values - low) * scale + 0.5, 0, 255).astype(np.uint8)
     return made
+
+
+def check_finite(pixels: np.ndarray) -> None:
+    """Raises InvalidImage."""
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
 
 
 def resize(image: np.ndarray | Image.Image, image_size: int) -> ModelImage:
