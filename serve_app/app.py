@@ -27,7 +27,7 @@ def build(args: AppArgs) -> Application:
     settings = settings_module.load(args.config)
     if len(set(args.models)) != len(args.models):
         raise InvalidSettings(f"args.models names a model twice: {', '.join(args.models)}")
-    handles = []
+    handles: list[Application | None] = []
     for name in args.models:
         cells = models.find(settings, name).cells
         handles.append(deployment(EncoderReplica, contract.encoder_deployment(name)).bind(settings, name))

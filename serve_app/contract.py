@@ -41,9 +41,7 @@ def image_id(data: bytes, part: str = "") -> str:
     return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
 
 
-def embedding_id(
-    image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE, preprocess: str = PREPROCESS
-) -> str:
+def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE, preprocess: str = PREPROCESS) -> str:
     """sha256 over what an embedding is a function of: image, `preprocess`, encoder, `kept`, one of DTYPES or POOLED,
     and `dtype`, what it was computed in. Hex."""
     return hashlib.sha256("\n".join((image, preprocess, encoder_sha256, kept, dtype)).encode()).hexdigest()

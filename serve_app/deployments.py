@@ -32,9 +32,10 @@ from serve_app import handle, ingress, models
 from serve_app.batches import Batches
 from serve_app.contract import DTYPE, ModelInfo, Timed
 from serve_app.guard import Guard
-from serve_app.model import automask, cell_masks, cellfinder, cells, checkpoint, decoder, encoder, onnx
+from serve_app.model import automask, cellfinder, cells, checkpoint, decoder, encoder, onnx
 from serve_app.model.cell_masks import Boxes, Cells, CellsRequest
 from serve_app.model.masks import MaskSet
+from serve_app.model.paint import paint
 from serve_app.model.preprocess import Size
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, View
 from serve_app.oip_grpc import GrpcMethods
@@ -112,9 +113,7 @@ class EncoderReplica:
     def info(self) -> ModelInfo:
         return self.model_info
 
-    async def encode(
-        self, images: Items, dtype: str = DTYPE, cells: bool = False
-    ) -> Timed[np.ndarray | CellrayError]:
+    async def encode(self, images: Items, dtype: str = DTYPE, cells: bool = False) -> Timed[np.ndarray | CellrayError]:
         """[h, w, 3] uint8 images with long side S → [C, g, g] of `dtype`, one of DTYPES, each, or an error in its
         place. With `cells` they are [h, w, 3] float32 of `cellsam.normalise`, of any size."""
         answer = await self.batches(_Images(images, dtype, cells))
@@ -134,9 +133,7 @@ class EncoderReplica:
             answers[dtype, whole] = iter(await anyio.to_thread.run_sync(embed))
         ran_s = time.perf_counter() - started
         telemetry.observe(telemetry.ENCODER_SECONDS, ran_s, model=name)
-        return [
-            Timed((next(answers[call.dtype, call.cells]) for _ in call.images), name, ran_s) for call in calls
-        ]
+        return [Timed((next(answers[call.dtype, call.cells]) for _ in call.images), name, ran_s) for call in calls]
 
 
 class CellFinderReplica:
@@ -279,7 +276,10 @@ class DecoderReplica:
     ) -> Timed[MaskSet | CellrayError]:
         """(views, original size) pairs → all their masks. Raises Conflict."""
         return await self._whole(
-            images, lambda found, one: automask.generate(found, *one, options), telemetry.AUTOMASK_SECONDS, decoder_sha256
+            images,
+            lambda found, one: automask.generate(found, *one, options),
+            telemetry.AUTOMASK_SECONDS,
+            decoder_sha256,
         )
 
     async def cells(
@@ -288,7 +288,7 @@ class DecoderReplica:
         """An image's embedding and boxes → its cells. Raises Conflict."""
         return await self._whole(
             requests,
-            lambda found, one: cell_masks.paint(found, one.embedding, one.found, one.size),
+            lambda found, one: paint(found, one.embedding, one.found, one.size),
             telemetry.CELLS_SECONDS,
             decoder_sha256,
         )

@@ -32,7 +32,6 @@ from serve_app import contract
 from serve_app.contract import Embedding, ModelInfo, Timed
 from serve_app.model import preprocess, seams
 from serve_app.model.cell_masks import Cells, CellsRequest
-from serve_app.model.cells import too_large
 from serve_app.model.cellsam import Options, Pixels
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
@@ -244,22 +243,26 @@ class Service:
             Unavailable, DeadlineExceeded
         """
         if info.name not in self.cellfinders:
-            found = ", ".join(self.cellfinders) or "none of those that are served"
-            raise InvalidInput(f"model {info.name} finds no cells; models that do: {found}")
-        samples = await self._decode(preprocess.samples, data, self.limits.image_pixels)
-        pixels = await self._decode(Pixels, samples, options)
+            able = ", ".join(self.cellfinders) or "none of those that are served"
+            raise InvalidInput(f"model {info.name} finds no cells; models that do: {able}")
+        samples: np.ndarray = await self._decode(preprocess.samples, data, self.limits.image_pixels)
+        pixels: Pixels = await self._decode(Pixels, samples, options)
         turn = asyncio.Semaphore(TILES_AT_ONCE)
 
         async def one(place: Place) -> Cells:
             async with turn:
-                ready = await self._decode(pixels.tile, place)
+                ready: np.ndarray = await self._decode(pixels.tile, place)
                 return await self._cells(ready, info, pixels.bbox_threshold)
 
         places = seams.tiles(pixels.size, options)
-        async with asyncio.TaskGroup() as group:
-            parts = [group.create_task(one(place.seen)) for place in places]
-        found = await self._decode(seams.joined, [part.result() for part in parts], places, pixels.size, options)
-        if len(places) > 1 and too_large(found.areas(), pixels.size, options):
+        try:
+            async with asyncio.TaskGroup() as group:
+                parts = [group.create_task(one(place.seen)) for place in places]
+        except* CellrayError as several:
+            raise several.exceptions[0] from several
+        cells = [part.result() for part in parts]
+        found: Cells = await to_thread.run_sync(seams.joined, cells, places, pixels.size, options)
+        if len(places) > 1 and seams.too_large(found.areas(), pixels.size, options):
             return await one(pixels.whole)
         return found
 

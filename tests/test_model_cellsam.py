@@ -22,11 +22,13 @@ from serve_app.model import (
     cellfinder,
     cells,
     cellsam,
+    cellsam_inputs,
     cellsam_names,
     checkpoint,
     decoder,
     encoder,
     masks,
+    paint,
     seams,
     state,
 )
@@ -61,11 +63,11 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", IMAGES)
 def test_pixels_equal_cellsams(name: str) -> None:
     ready = cellsam.normalise(cellsam.channels(IMAGES[name]))
-    square = cellsam.square(ready, 1024)
+    square = cellsam_inputs.square(ready, 1024)
     made = {
         "image": ready,
-        "encoder": cellsam.encoder_input(square, True).numpy(),
-        "detector": cellsam.detector_input(square, True).numpy(),
+        "encoder": cellsam_inputs.encoder_input(square, True).numpy(),
+        "detector": cellsam_inputs.detector_input(square, True).numpy(),
     }
     for key, values in made.items():
         assert np.abs(np.array(cellsam_oracle.shown(values)) - GOLDEN[name][key]).max() <= 1e-5, key
@@ -80,7 +82,7 @@ def test_boxes_and_cells_equal_cellsams(small: CellSAM) -> None:
     assert np.abs(found.boxes[: len(wanted)] - wanted).max() <= 1e-2  # of 1024 px
     assert np.ptp(golden["scores"]) > 5e-3  # they do differ from each other
     (embedding,) = cells.embed(small.encoder, [ready])
-    own = cell_masks.paint(small.decoder, embedding, Boxes(wanted, found.scores[: len(wanted)]), size)
+    own = paint.paint(small.decoder, embedding, Boxes(wanted, found.scores[: len(wanted)]), size)
     labels = np.zeros(size, int)
     for number, mask in enumerate(masks.decode(golden["cells"], size), start=1):
         labels[mask] = number
@@ -97,7 +99,7 @@ def test_the_encoder_alone_answers_as_in_the_pipeline(nano: Path) -> None:
     assert (card.family, card.encoder_sha256, card.detector) == ("nano", whole.encoder_sha256, None)
     ready = cellsam.normalise(cellsam.channels(IMAGES["rgb"]))
     (inside,) = cells.embed(encoder.load(nano, "reference"), [ready])
-    pixels = cellsam.encoder_input(cellsam.square(ready, 256), whole.advanced)
+    pixels = cellsam_inputs.encoder_input(cellsam_inputs.square(ready, 256), whole.advanced)
     outside = encoder.load(alone, "reference").forward(pixels[None])[0].numpy()
     assert np.array_equal(inside, outside)
 
@@ -252,11 +254,11 @@ def test_masks_are_resized_as_segment_anything_does(size: tuple[int, int]) -> No
         tensor = functional.interpolate(tensor, length, mode="bilinear", align_corners=False)
     expected = torch.sigmoid(tensor[0, 0]) > 0.4
     labels = np.zeros(size, np.int32)
-    cell_masks._draw(labels, logits, 5, 1024)
+    paint._draw(labels, logits, 5, 1024)
     assert set(np.unique(labels)) <= {0, 5}
     assert ((labels == 5) != expected.numpy()).mean() <= 1e-4  # a pixel whose logit is the threshold
     nothing = np.zeros(size, np.int32)
-    cell_masks._draw(nothing, np.full((256, 256), -9, np.float32), 5, 1024)
+    paint._draw(nothing, np.full((256, 256), -9, np.float32), 5, 1024)
     assert not nothing.any()
 
 
@@ -266,7 +268,7 @@ def test_holes_are_filled_and_specks_dropped() -> None:
     labels[5:7, 5:7] = 0
     labels[20:23, 20:23] = 4  # 9 pixels
     labels[30:38, 30:38] = 9
-    assert cell_masks._tidy(labels).tolist() == [3, 9]
+    assert paint._tidy(labels).tolist() == [3, 9]
     assert [(labels == number).sum() for number in (1, 2)] == [100, 64]
     assert labels.max() == 2
 
@@ -274,7 +276,7 @@ def test_holes_are_filled_and_specks_dropped() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 0.9))
 def test_holes_are_those_of_scipy(seed: int, height: int, width: int, share: float) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < share
-    assert np.array_equal(cell_masks._filled(mask), ndimage.binary_fill_holes(mask))
+    assert np.array_equal(paint._filled(mask), ndimage.binary_fill_holes(mask))
 
 
 def drawn(labels: np.ndarray) -> Cells:
@@ -329,7 +331,7 @@ def test_an_image_in_tiles(nano: Path) -> None:
     )
     assert len(found) > 1
     gauged = model.segment(image, replace(options, gauge_cell_size=True))
-    small = np.median(made.areas) < cells.SMALL * found.labels.size
+    small = np.median(made.areas) < seams.SMALL * found.labels.size
     whole = model.segment(image, replace(options, use_wsi=False))
     assert np.array_equal(gauged.labels, (found if small else whole).labels)
     assert not np.array_equal(found.labels, whole.labels)

@@ -20,7 +20,7 @@ def answers(
     run: Callable[[list[Item]], Sequence[Answer | CellrayError]],
     most: int,
 ) -> list[Answer | CellrayError]:
-    """`run` of the items without a `problem`, at most `most` at a time, in their order; a problem in place of the others.
+    """`run` of the items without a `problem`, at most `most` at a time, in their order; of the others the problem.
 
     Where a batch fails, for want of memory mostly, its items run one by one; Internal is for those that fail alone.
     """

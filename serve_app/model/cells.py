@@ -21,16 +21,15 @@ import numpy as np
 import torch
 
 from cluster.errors import CellrayError, InvalidImage
-from serve_app.model import batched, cellfinder, cellsam, checkpoint, decoder, encoder, seams
-from serve_app.model.cell_masks import Boxes, Cells, paint
+from serve_app.model import batched, cellfinder, cellsam_inputs, checkpoint, decoder, encoder, seams
+from serve_app.model.cell_masks import Boxes, Cells
 from serve_app.model.cellfinder import Detector
 from serve_app.model.cellsam import CHANNELS, Options, Pixels
 from serve_app.model.decoder import Decoder
 from serve_app.model.encoder import Encoder
-from serve_app.model.preprocess import Size
+from serve_app.model.paint import paint
 
 MAX_BATCH = 8  # images at once; past it ViT encoders gain little
-SMALL = 0.002  # of the image: cells of less are best seen in tiles (gauge_cell_size)
 
 
 def find(
@@ -41,7 +40,7 @@ def find(
     size, advanced = detector.card.architecture.image_size, detector.card.advanced
 
     def run(some: list[np.ndarray]) -> list[Boxes]:
-        inputs = [cellsam.detector_input(cellsam.square(one, size, device), advanced) for one in some]
+        inputs = [cellsam_inputs.detector_input(cellsam_inputs.square(one, size, device), advanced) for one in some]
         scores, boxes = cellfinder.boxes(*detector.forward(torch.stack(inputs)), size)
         return [Boxes(*pair) for pair in zip(boxes.cpu().numpy(), scores.cpu().numpy(), strict=True)]
 
@@ -60,7 +59,7 @@ def embed(
     size, advanced = model.card.architecture.image_size, model.card.advanced
 
     def run(some: list[np.ndarray]) -> list[np.ndarray | CellrayError]:
-        inputs = [cellsam.encoder_input(cellsam.square(one, size, device), advanced) for one in some]
+        inputs = [cellsam_inputs.encoder_input(cellsam_inputs.square(one, size, device), advanced) for one in some]
         return encoder.held(model.forward(torch.stack(inputs)), dtype)
 
     return batched.answers(images, _problem, run, max_batch)
@@ -70,11 +69,6 @@ def _problem(image: np.ndarray) -> InvalidImage | None:
     if image.dtype == np.float32 and image.ndim == CHANNELS == image.shape[-1] and image.size:
         return None
     return InvalidImage(f"expected [h, w, 3] float32 of cellsam.normalise, found {list(image.shape)} {image.dtype}")
-
-
-def too_large(areas: np.ndarray, size: Size, options: Options) -> bool:
-    """Whether an image of `size` is to be done again as a whole, by the areas [N] of the cells that its tiles had."""
-    return options.gauge_cell_size and len(areas) > 0 and bool(np.median(areas) >= SMALL * size[0] * size[1])
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class CellSAM:
         places = seams.tiles(pixels.size, options)
         parts = (self.segment_tile(pixels.tile(place.seen), pixels.bbox_threshold) for place in places)
         found = seams.joined(parts, places, pixels.size, options)
-        if len(places) > 1 and too_large(found.areas(), pixels.size, options):
+        if len(places) > 1 and seams.too_large(found.areas(), pixels.size, options):
             return self.segment_tile(pixels.tile(pixels.whole), pixels.bbox_threshold)
         return found
 

@@ -13,6 +13,8 @@ from serve_app.model.cell_masks import Cell, Cells
 from serve_app.model.cellsam import Options
 from serve_app.model.preprocess import Size
 
+SMALL = 0.002  # of the image: cells of less are best seen in tiles (gauge_cell_size)
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -145,6 +147,11 @@ def joined(parts: Iterable[Cells | None], places: Sequence[Tile], size: Size, op
     """All tiles' cells → those of the image of `size`, as `Seams` joins them."""
     seams = Seams(places, options)
     return labelled([cell for part in parts for cell in seams.add(part)], size)
+
+
+def too_large(areas: np.ndarray, size: Size, options: Options) -> bool:
+    """Whether an image of `size` is to be done again as a whole, by the areas [N] of the cells that its tiles had."""
+    return options.gauge_cell_size and len(areas) > 0 and bool(np.median(areas) >= SMALL * size[0] * size[1])
 
 
 def labelled(cells: Sequence[Cell], size: Size) -> Cells:
