@@ -242,11 +242,13 @@ class Storage:
             with suppress(FileNotFoundError):
                 os.unlink(uri)
 
-    def fetch(self, uri: str, path: Path) -> str:
-        """Copy one file to a local `path`, whole; → its sha256."""
-        digest = hashlib.sha256()
+    def fetch(self, uri: str, path: Path, limit: int | None = None) -> str:
+        """Copy one file to a local `path`, whole; → its sha256. Raises TooLarge: it has more than `limit` bytes."""
+        digest, left = hashlib.sha256(), limit
         with self.open(uri) as source, mapped(str(path)), path.open("wb") as target:
             while chunk := source.read(CHUNK):
+                if left is not None and (left := left - len(chunk)) < 0:
+                    raise _over(uri, limit or 0)
                 digest.update(chunk)
                 target.write(chunk)
         return digest.hexdigest()

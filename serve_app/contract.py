@@ -37,8 +37,12 @@ def cellfinder_deployment(model: str) -> str:
 
 def image_id(data: bytes, part: str = "") -> str:
     """sha256 of the image file's bytes, hex; of a part of it, sha256 over that and the part's name."""
-    whole = hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
+    return part_id(hashlib.sha256(data).hexdigest(), part)
+
+
+def part_id(image: str, part: str) -> str:
+    """Of a part of an image that has the id `image`."""
+    return hashlib.sha256(f"{image}\n{part}".encode()).hexdigest() if part else image
 
 
 def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE, preprocess: str = PREPROCESS) -> str:

@@ -167,16 +167,28 @@ def embedding_of(row: dict[str, Any]) -> Embedding:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What masks are made from, where its embedding is kept nowhere."""
+
+    image_id: str
+    embedding_id: str
+    model: str
+
+
 def mask_rows(
     found: MaskSet,
-    embeddings: Sequence[Embedding],
+    embeddings: Sequence[Embedding | Made],
     image_uri: str,
     part: str,
     decoder_sha256: str,
     prompt_type: str,
     prompts: Sequence[str],
+    box_scores: Sequence[float] | None = None,
+    first: int = 0,
 ) -> pa.Table:
-    """Rows of `masks` for one image; `embeddings[i]` is what mask i was made from, `prompts[i]` its prompt as JSON."""
+    """Rows of `masks` for one image, numbered from `first` on; `embeddings[i]` is what mask i was made from,
+    `prompts[i]` its prompt as JSON, `box_scores[i]` what a detector gave its box."""
     size = list(found.size)
     rows = [
         {
@@ -184,7 +196,7 @@ def mask_rows(
             "embedding_id": embeddings[index].embedding_id,
             "image_uri": printable(image_uri),
             "part": part,
-            "mask_index": index,
+            "mask_index": first + index,
             "segmentation": {"size": size, "counts": found.counts[index]},
             "bbox": found.boxes[index],
             "area": int(found.areas[index]),
@@ -192,7 +204,7 @@ def mask_rows(
             "stability_score": found.stability[index],
             "prompt_type": prompt_type,
             "prompt": prompts[index],
-            "box_score": None,
+            "box_score": None if box_scores is None else box_scores[index],
             "object_embedding": found.object_embeddings[index],
             "model": embeddings[index].model,
             "decoder_sha256": decoder_sha256,

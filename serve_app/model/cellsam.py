@@ -57,7 +57,10 @@ class Options:
 class Windows(Protocol):
     """An image that is read part by part."""
 
-    size: Size
+    @property
+    def size(self) -> Size:
+        """(height, width)."""
+        ...
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """[h, w] or [h, w, 1 to 3] of any number type."""
