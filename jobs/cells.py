@@ -29,9 +29,8 @@ from jobs.shards import TASK_CPUS, Done, Pipeline, Progress, ahead, sound, writt
 from jobs.views import EACH, View
 from serve_app import contract, dataset
 from serve_app.commit import ShardWriter
-from serve_app.contract import ModelInfo
-from serve_app.dataset import Made
-from serve_app.model import cell_masks, cellsam, planes, seams
+from serve_app.contract import Made, ModelInfo
+from serve_app.model import cell_masks, planes, seams
 from serve_app.model.cell_masks import Cell, Cells
 from serve_app.model.cellsam import Options, Pixels, Windows
 from serve_app.model.preprocess import Size
@@ -259,11 +258,7 @@ def _rows(plane: Plane, cells: Sequence[Cell], info: ModelInfo) -> pa.Table:
     assert plane.pixels
     there = [cell for cell in cells if cell.mask is not None]
     found = cell_masks.outlined(there, plane.pixels.size)
-    made = Made(
-        plane.image_id,
-        contract.embedding_id(plane.image_id, info.encoder_sha256, info.dtype, preprocess=cellsam.PREPROCESS),
-        info.name,
-    )
+    made = Made.of(plane.image_id, info)
     prompts = [json.dumps({"box": [round(float(side), 2) for side in cell.box]}) for cell in there]
     scores = [cell.box_score for cell in there]
     return dataset.mask_rows(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from serve_app.model.cellsam import PREPROCESS as CELLSAM
 from serve_app.model.preprocess import PREPROCESS, Size
 
 APP_NAME = "cellray"
@@ -105,6 +106,21 @@ class Embedding:
         """[channels] float32: the mean over the tokens that hold image, not padding."""
         rows, columns = (-(-side // patch) for side in self.input)
         return self.array[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What cells are made from: an embedding that is kept nowhere."""
+
+    embedding_id: str
+    image_id: str
+    model: str
+
+    @classmethod
+    def of(cls, image: str, info: ModelInfo) -> Made:
+        """Of an image, or a part of one, by its id."""
+        made = embedding_id(image, info.encoder_sha256, info.dtype, preprocess=CELLSAM)
+        return cls(made, image, info.name)
 
 
 class Timed(list[Item]):

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from cluster.errors import InvalidEmbedding, InvalidInput, NotFound
 from cluster.settings import MIB
 from cluster.storage import Storage, absolute, join
-from serve_app.contract import DTYPES, POOLED, Embedding
+from serve_app.contract import DTYPES, POOLED, Embedding, Made
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import PREPROCESS
 
@@ -167,15 +167,6 @@ def embedding_of(row: dict[str, Any]) -> Embedding:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What masks are made from, where its embedding is kept nowhere."""
-
-    image_id: str
-    embedding_id: str
-    model: str
-
-
 def mask_rows(
     found: MaskSet,
     embeddings: Sequence[Embedding | Made],
@@ -201,7 +192,7 @@ def mask_rows(
             "bbox": found.boxes[index],
             "area": int(found.areas[index]),
             "predicted_iou": found.predicted_iou[index],
-            "stability_score": found.stability[index],
+            "stability_score": None if np.isnan(found.stability[index]) else found.stability[index],
             "prompt_type": prompt_type,
             "prompt": prompts[index],
             "box_score": None if box_scores is None else box_scores[index],

@@ -20,6 +20,7 @@ PREPROCESS = "cellsam-1"
 CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
 BRIGHTEST = 99.9  # percentile of a channel's pixels above 0; what is brighter is cut off
 KERNEL = 128  # pixels: contrast is equalised over squares of this
+BLOCK_SIZES = 64, 4096  # pixels
 BAND = 512  # rows of an image in windows that are looked at together
 
 
@@ -48,8 +49,9 @@ class Options:
             raise InvalidInput(f"bbox_threshold is {self.bbox_threshold:g}; expected 0 to 1")
         if not 0 < self.iou_threshold <= 1:
             raise InvalidInput(f"iou_threshold is {self.iou_threshold:g}; expected above 0, at most 1")
-        if not 64 <= self.block_size <= 4096:
-            raise InvalidInput(f"block_size is {self.block_size}; expected 64 to 4096 pixels")
+        least, most = BLOCK_SIZES
+        if not least <= self.block_size <= most:
+            raise InvalidInput(f"block_size is {self.block_size}; expected {least} to {most} pixels")
         if not 0 <= self.overlap <= self.block_size // 2:
             raise InvalidInput(f"overlap is {self.overlap}; expected 0 to half of block_size, {self.block_size // 2}")
 
