@@ -60,6 +60,7 @@ CELLS = {  # options of CellSAM's pipeline
     "gauge_cell_size": "images whose median cell is large are done again as a whole, after their tiles",
     "block_size": "of tiles, a side in pixels, to which --overlap is added on all sides",
     "iou_threshold": "of what two tiles see: from it on, cells across their seam are one",
+    "compat": "as CellSAM's own pipeline does it where this does better, at the images' borders above all",
 }
 
 

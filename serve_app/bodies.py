@@ -129,6 +129,7 @@ class SegmentBody(ImageBody):
     gauge_cell_size: bool | None = Field(None, description="images of large cells are done again as a whole")
     block_size: int | None = _within(*BLOCK_SIZES, "of tiles, a side in pixels")
     overlap: int | None = _within(0, BLOCK_SIZES[1] // 2, "pixels that tiles see beyond their own on all sides")
+    compat: bool | None = Field(None, description="as CellSAM's own pipeline does it where this does better")
     iou_threshold: float | None = _within(0, 1, "of what two tiles see: from it on, cells across their seam are one")
 
     def cells(self) -> Options | None:
