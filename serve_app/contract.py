@@ -37,7 +37,11 @@ def cellfinder_deployment(model: str) -> str:
 
 def image_id(data: bytes, part: str = "") -> str:
     """sha256 of the image file's bytes, hex; of a part of it, sha256 over that and the part's name."""
-    whole = hashlib.sha256(data).hexdigest()
+    return part_id(hashlib.sha256(data).hexdigest(), part)
+
+
+def part_id(whole: str, part: str) -> str:
+    """As `image_id`, from that of the whole file."""
     return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
 
 
