@@ -67,7 +67,7 @@ def test_windows_are_the_same_however_large(place: Place, limits: Limits, tempor
         assert windows.size == (35, 30)
         np.testing.assert_array_equal(windows.read(*ALL)[..., 0], PIXELS[0, 20:55, 10:40])
         np.testing.assert_array_equal(windows.read(slice(5, 7), slice(28, 90))[..., 0], PIXELS[0, 25:27, 38:40])
-        with pytest.raises(InvalidImage, match=r"the crop 60,0,30,60 .* is empty or leaves the image of 80 × 60 pixels"):
+        with pytest.raises(InvalidImage, match=r"the crop 60,0,30,60 .* is empty or leaves .* 80 × 60 pixels"):
             copy.windows(View(crop="60,0,30,60"))
         windows.close()
     assert not [*temporary.iterdir()]
