@@ -7,11 +7,11 @@ to this node's temporary folder and read by windows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,23 +19,22 @@ import ray
 
 from cluster import memory, watch
 from cluster.errors import CellrayError, InvalidImage, TooLarge
-from cluster.scratch import Scratch
 from cluster.settings import Limits, Settings
 from cluster.storage import Storage
 from jobs import images, replicas
 from jobs.images import Entry
-from jobs.parts import File, Part, crop_of
+from jobs.parts import File, Part, planes_of
 from jobs.shards import TASK_CPUS, Done, Pipeline, Progress, ahead, sound, written
-from jobs.views import EACH, View
+from jobs.slides import Copy
+from jobs.views import View
 from serve_app import contract, dataset
 from serve_app.commit import ShardWriter
 from serve_app.contract import Made, ModelInfo
-from serve_app.model import cell_masks, planes, seams
+from serve_app.model import cell_masks, seams
 from serve_app.model.cell_masks import Cell, Cells
 from serve_app.model.cellsam import Options, Pixels, Windows
-from serve_app.model.preprocess import Size
 from serve_app.model.seams import Seams, Tile
-from serve_app.model.slides import Slide
+from serve_app.model.slides import Held
 
 PROMPT_TYPE = "cells"
 PIXEL_BYTES = 24  # of CellSAM's pixels, which travel to two replicas
@@ -94,19 +93,6 @@ class TileSource:
         return (rows.stop - rows.start) * (columns.stop - columns.start)
 
 
-@dataclass(frozen=True)
-class Window:
-    """A crop of an image in windows, as such a one."""
-
-    image: Windows
-    corner: tuple[int, int]  # x, y
-    size: Size
-
-    def read(self, rows: slice, columns: slice) -> np.ndarray:
-        x, y = self.corner
-        return self.image.read(slice(rows.start + y, rows.stop + y), slice(columns.start + x, columns.stop + x))
-
-
 def opened(storage: Storage, entry: Entry, limits: Limits, options: Options) -> list[Plane]:
     """An image's planes, in order of t and z, ready to be read tile by tile.
 
@@ -127,16 +113,20 @@ def _opened(storage: Storage, entry: Entry, limits: Limits, options: Options) ->
         data = images.content(storage, entry, limits.image_bytes)
         with watch.ending():
             file = File(data, view, limits.image_pixels)
-            found = file.planes()
-            digest = contract.image_id(data)
-            return [
-                _plane(entry, plane, number == len(found), digest, file.samples(plane), options)
-                for number, plane in enumerate(found, 1)
-            ]
-    except TooLarge:
-        if entry.container or EACH in (view.z, view.t):
-            raise
-    return [_slide(storage, entry, limits, options)]
+            digest, found = contract.image_id(data), planes_of(view, file.depths)
+            return [_plane(entry, plane, plane == found[-1], digest, file.samples(plane), options) for plane in found]
+    except TooLarge:  # to be held
+        copy = Copy(storage, entry, limits)
+    with ExitStack() as closing:
+        closing.push(copy)
+        found = planes_of(view, copy.depths)
+        made = []
+        for plane in found:
+            windows = closing.enter_context(contextlib.closing(copy.windows(plane)))
+            image = windows.pixels if isinstance(windows, Held) else windows
+            made.append(_plane(entry, plane, plane == found[-1], copy.sha256, image, options))
+        made[-1].closing = closing.pop_all()
+    return made
 
 
 def _plane(entry: Entry, view: View, ends: bool, digest: str, image: np.ndarray | Windows, options: Options) -> Plane:
@@ -144,24 +134,6 @@ def _plane(entry: Entry, view: View, ends: bool, digest: str, image: np.ndarray 
     places = seams.tiles(pixels.size, options)
     image_id = contract.part_id(digest, str(view))
     return Plane(entry, view, ends, image_id, pixels, places, Seams(places, options))
-
-
-def _slide(storage: Storage, entry: Entry, limits: Limits, options: Options) -> Plane:
-    view, scratch = replace(View.parse(entry.view), tile=""), Scratch()
-    with ExitStack() as closing:
-        closing.callback(scratch.close)
-        path = scratch.path / Path(images.file_uri(entry)).name
-        digest = storage.fetch(images.file_uri(entry), path, limits.slide_bytes)
-        z, t = (int(number) if number else None for number in (view.z, view.t))
-        chosen = planes.channels(view.channels) if view.channels else ()
-        slide = closing.enter_context(Slide(path, limits.slide_pixels, z, t, chosen))
-        image: Windows = slide
-        if view.crop:
-            x, y, width, height = crop_of(view, slide.size)
-            image = Window(slide, (x, y), (height, width))
-        made = _plane(entry, view, True, digest, image, options)
-        made.closing = closing.pop_all()
-        return made
 
 
 def _box(place: tuple[slice, slice]) -> tuple[int, int, int, int]:

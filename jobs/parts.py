@@ -19,6 +19,7 @@ from serve_app.model import planes, preprocess, tiles
 from serve_app.model.planes import Stack
 from serve_app.model.preprocess import ModelImage, Size
 from serve_app.model.prompts import GridOptions, crops
+from serve_app.model.slides import Crop, Held
 from serve_app.model.tiles import Box
 
 
@@ -66,28 +67,20 @@ class File:
                 return _cropped(self.stack.samples(int(plane.z or 0), int(plane.t or 0), self.chosen), plane)
             return _cropped(preprocess.samples(self.data, self.max_pixels), plane)
 
-    def planes(self) -> list[View]:
-        """What the view asks for, in order of t and z, without tiles."""
-        depths = zip((self.view.z, self.view.t), self.depths, strict=True)
-        chosen = [list(map(str, range(depth))) if asked == EACH else [asked] for asked, depth in depths]
-        return [replace(self.view, z=z, t=t, tile="") for t in chosen[1] for z in chosen[0]]
+
+def planes_of(view: View, depths: tuple[int, int]) -> list[View]:
+    """What a view asks for of a file of `depths` (z, t), in order of t and z, without tiles."""
+    asked = zip((view.z, view.t), depths, strict=True)
+    chosen = [list(map(str, range(depth))) if number == EACH else [number] for number, depth in asked]
+    return [replace(view, z=z, t=t, tile="") for t in chosen[1] for z in chosen[0]]
 
 
 def _cropped(pixels: np.ndarray, plane: View) -> np.ndarray:
     if not plane.crop:
         return pixels
-    x, y, width, height = crop_of(plane, (pixels.shape[0], pixels.shape[1]))
-    return np.ascontiguousarray(pixels[y : y + height, x : x + width])
-
-
-def crop_of(plane: View, size: Size) -> Box:
-    """Raises InvalidImage: it is empty, or leaves the image of `size`."""
     x, y, width, height = plane.numbers("crop")
-    if x + width > size[1] or y + height > size[0] or not width * height:
-        raise InvalidImage(
-            f"the crop {plane.crop} (x,y,width,height) is empty or leaves the image of {size[1]} × {size[0]} pixels"
-        )
-    return x, y, width, height
+    window = Crop(Held(pixels), (x, y, width, height))
+    return np.ascontiguousarray(window.read(slice(None), slice(None)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +159,7 @@ def parts(entry: Entry, data: bytes, limits: Limits) -> Iterator[Part]:
     except CellrayError as error:
         yield Part(entry, replace(view, tile=""), error=error)
         return
-    places = file.planes()
+    places = planes_of(view, file.depths)
     for number, plane in enumerate(places, 1):
         boxes = _boxes(file, plane, view)
         for index in range(max(1, len(boxes))):
