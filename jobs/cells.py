@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,14 +29,14 @@ from jobs.parts import File, Part, planes_of
 from jobs.shards import TASK_CPUS, Done, Pipeline, Progress, ahead, sound, written
 from jobs.slides import Copy
 from jobs.views import View
-from serve_app import contract, dataset
+from serve_app import dataset
 from serve_app.commit import ShardWriter
 from serve_app.contract import Made, ModelInfo
 from serve_app.model import cell_masks, seams
 from serve_app.model.cell_masks import Cell, Cells
 from serve_app.model.cellsam import Options, Pixels, Windows
 from serve_app.model.seams import Seams, Tile
-from serve_app.model.slides import Held
+from serve_app.model.slides import Held, header_size
 
 PROMPT_TYPE = "cells"
 PIXEL_BYTES = 24  # of CellSAM's pixels, which travel to two replicas
@@ -63,6 +65,19 @@ class Plane:
     count: int = 0  # of its masks
     held: list[Cell] = field(default_factory=list)  # until it is clear that tiles will do
     closing: ExitStack = field(default_factory=ExitStack)
+
+    def open(self, file: File | Copy, options: Options) -> None:
+        """Raises what reading it does, and InvalidInput where an option needs more of it than there is."""
+        image: np.ndarray | Windows
+        if isinstance(file, File):
+            image = file.samples(self.view)
+        else:
+            windows = self.closing.enter_context(contextlib.closing(file.windows(self.view)))
+            image = windows.pixels if isinstance(windows, Held) else windows
+        pixels = Pixels(image, options)
+        self.image_id = file.image_id(str(self.view))
+        self.places = seams.tiles(pixels.size, options)
+        self.pixels, self.joining = pixels, Seams(self.places, options)
 
     def tiles(self) -> Iterator[TileSource]:
         """Row by row; one at least."""
@@ -93,47 +108,42 @@ class TileSource:
         return (rows.stop - rows.start) * (columns.stop - columns.start)
 
 
-def opened(storage: Storage, entry: Entry, limits: Limits, options: Options) -> list[Plane]:
-    """An image's planes, in order of t and z, ready to be read tile by tile.
+def opened(storage: Storage, entry: Entry, limits: Limits, options: Options) -> Iterator[Plane]:
+    """An image's planes, in order of t and z, ready to be read tile by tile; one that cannot be read has its error.
 
     Raises:
-        CellrayError: the storage's; that of an image is in its only plane.
+        CellrayError: the storage's, for the first.
     """
+    view, closing = View.parse(entry.view), ExitStack()
     try:
-        return _opened(storage, entry, limits, options)
+        with watch.ending():
+            file = _file(storage, entry, view, limits, closing)
+            found = planes_of(view, file.depths)
     except CellrayError as error:
+        closing.close()
         if error.retry:
             raise
-        return [Plane(entry, replace(View.parse(entry.view), tile=""), True, error=error)]
+        yield Plane(entry, replace(view, tile=""), True, error=error)
+        return
+    for plane in found:
+        ends = plane == found[-1]
+        made = Plane(entry, plane, ends, closing=closing if ends else ExitStack())
+        try:
+            with watch.ending():
+                made.open(file, options)
+        except CellrayError as error:
+            made.error = error
+        yield made
 
 
-def _opened(storage: Storage, entry: Entry, limits: Limits, options: Options) -> list[Plane]:
-    view = View.parse(entry.view)
-    try:
+def _file(storage: Storage, entry: Entry, view: View, limits: Limits, closing: ExitStack) -> File | Copy:
+    """In memory, or where it is too large for that, on the disk until `closing`."""
+    with suppress(TooLarge):
         data = images.content(storage, entry, limits.image_bytes)
-        with watch.ending():
-            file = File(data, view, limits.image_pixels)
-            digest, found = contract.image_id(data), planes_of(view, file.depths)
-            return [_plane(entry, plane, plane == found[-1], digest, file.samples(plane), options) for plane in found]
-    except TooLarge:  # to be held
-        copy = Copy(storage, entry, limits)
-    with ExitStack() as closing:
-        closing.push(copy)
-        found = planes_of(view, copy.depths)
-        made = []
-        for plane in found:
-            windows = closing.enter_context(contextlib.closing(copy.windows(plane)))
-            image = windows.pixels if isinstance(windows, Held) else windows
-            made.append(_plane(entry, plane, plane == found[-1], copy.sha256, image, options))
-        made[-1].closing = closing.pop_all()
-    return made
-
-
-def _plane(entry: Entry, view: View, ends: bool, digest: str, image: np.ndarray | Windows, options: Options) -> Plane:
-    pixels = Pixels(image, options)
-    places = seams.tiles(pixels.size, options)
-    image_id = contract.part_id(digest, str(view))
-    return Plane(entry, view, ends, image_id, pixels, places, Seams(places, options))
+        height, width = header_size(data)
+        if height * width <= limits.image_pixels:
+            return File(data, view, limits.image_pixels)
+    return closing.enter_context(Copy(storage, entry, limits))
 
 
 def _box(place: tuple[slice, slice]) -> tuple[int, int, int, int]:
@@ -166,19 +176,22 @@ def shard(
     )
     slides = ExitStack()
 
-    def prepared(image: Image) -> list[Plane]:
+    def prepared(image: Image) -> Iterator[Plane]:
         try:
             sound(image.entry, poisoned)
         except CellrayError as error:
-            return [Plane(image.entry, View.parse(image.entry.view), True, error=error)]
-        found: list[Plane] = pipeline.persist(lambda: opened(storage, image.entry, settings.limits, options))
-        for plane in found:
-            slides.callback(plane.closing.close)
-        return found
+            return iter([Plane(image.entry, View.parse(image.entry.view), True, error=error)])
+
+        def begun() -> Iterator[Plane]:
+            planes = opened(storage, image.entry, settings.limits, options)
+            return chain([next(planes)], planes)
+
+        return cast(Iterator[Plane], pipeline.persist(begun))
 
     def tiles() -> Iterator[TileSource]:
         for found in ahead(sources, prepared):
             for plane in found:
+                slides.callback(plane.closing.close)
                 yield from plane.tiles()
 
     with slides, ShardWriter(storage, out, "segment", index, metadata) as writer:

@@ -60,6 +60,10 @@ class File:
             return _cropped(self.stack.plane(int(plane.z or 0), int(plane.t or 0), self.chosen), plane)
         return _cropped(preprocess.decode(self.data, self.max_pixels), plane)
 
+    def image_id(self, part: str = "") -> str:
+        """Of it, or a part of it."""
+        return contract.image_id(self.data, part)
+
     def samples(self, plane: View) -> np.ndarray:
         """[height, width, 1 to 3] of a plane, or its crop, in the type that they are kept in."""
         with self.lock:

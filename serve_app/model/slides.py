@@ -119,7 +119,12 @@ def tiff_size(path: Path) -> Size:
     except InvalidImage:
         return 0, 0
     with data:
-        tags = preprocess.first_page(data) if data[:4] in preprocess.TIFFS else {}
+        return header_size(data)
+
+
+def header_size(data: bytes | mmap.mmap) -> Size:
+    """As `tiff_size`, of a file's bytes."""
+    tags = preprocess.first_page(data) if data[:4] in preprocess.TIFFS else {}
     return tags.get(preprocess.LENGTH, (0, 0))[1], tags.get(preprocess.WIDTH, (0, 0))[1]
 
 
