@@ -53,10 +53,10 @@ class Encoder(EncoderReplica):
         watch(encoder, "embed", "encoder")
         super().__init__(*arguments)
 
-    async def encode(self, *arguments: Any) -> Any:
+    async def encode(self, *arguments: Any, **options: Any) -> Any:
         answered = False
         try:
-            answer = await super().encode(*arguments)
+            answer = await super().encode(*arguments, **options)
             answered = True
             return answer
         finally:
@@ -86,4 +86,4 @@ def build_hasty(args: dict[str, Any]) -> Application:
     """Another ingress over the same replicas, with the settings of its own `config`."""
     names = contract.encoder_deployment("nano"), contract.decoder_deployment("nano")
     handles = [serve.get_deployment_handle(name, NAME, _check_exists=False) for name in names]
-    return deployment(IngressReplica, contract.INGRESS).bind(settings.load(args["config"]), ["nano"], *handles)
+    return deployment(IngressReplica, contract.INGRESS).bind(settings.load(args["config"]), ["nano"], *handles, None)

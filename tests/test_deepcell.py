@@ -106,7 +106,7 @@ def store(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         def do_GET(self) -> None:
             made.gets.append({**self.headers})
             assert self.path.startswith("/archive")
-            if made.how == "expired" and len(made.gets) == 1:
+            if made.how == "expired for good" or (made.how == "expired" and len(made.gets) == 1):
                 self.send_error(403)
                 return
             first = 0

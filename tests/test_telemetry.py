@@ -58,7 +58,7 @@ def guarded(app: App, keys_file: Path) -> Iterator[httpx.Client]:
         for name in (contract.encoder_deployment, contract.decoder_deployment)
     ]
     ingress = deployment(IngressReplica, contract.INGRESS).options(ray_actor_options={"num_cpus": 0})
-    serve.run(ingress.bind(made, ["nano"], *handles), name="guarded", route_prefix="/guarded")
+    serve.run(ingress.bind(made, ["nano"], *handles, None), name="guarded", route_prefix="/guarded")
     try:
         headers = {"authorization": f"Bearer {SECRET}"}
         with httpx.Client(base_url=f"{app.http}/guarded", timeout=60, headers=headers) as client:
