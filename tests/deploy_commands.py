@@ -24,8 +24,9 @@ OPTIONS = {
     "--watch": False, "--follow": False, "--current": False, "--create-namespace": False,
 }  # fmt: skip
 KUBECTL = {
-    "apply": "", "create": "|namespace|secret generic|secret tls|configmap", "get": "rayservice|rayjob|pods", "delete": "",
-    "describe": "rayservice|rayjob", "logs": r"job/[\w-]+", "rollout": r"restart deployment/[\w-]+",
+    "apply": "", "create": "|namespace|secret generic|secret tls|configmap", "delete": "",
+    "get": "rayservice|rayjob|pods", "describe": "rayservice|rayjob", "logs": r"job/[\w-]+",
+    "rollout": r"restart deployment/[\w-]+",
     "port-forward": r"service/[\w-]+ \d+", "config": "set-context",
 }  # fmt: skip
 

@@ -227,8 +227,8 @@ def _cluster(spec: Any, annotations: Any) -> Iterator[str]:
         yield f"token authentication needs Ray 2.52, found {version}"
     if auth.get("enableK8sTokenAuth"):
         yield "enableK8sTokenAuth is for a RayCluster alone"
-    if set(ALPHA) & set(spec) or "upgradeStrategy" in spec:
-        yield f"{sorted((set(ALPHA) | {'upgradeStrategy'}) & set(spec))}: behind a feature gate, or for a RayCluster alone"
+    if refused := {*ALPHA, "upgradeStrategy"} & set(spec):
+        yield f"{refused}: behind a feature gate, or for a RayCluster alone"
 
 
 def _containers(group: Any) -> list[Any]:

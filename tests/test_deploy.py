@@ -20,12 +20,13 @@ from serve_app.app import AppArgs
 from serve_app.contract import INGRESS
 from tests import deploy_checks as checks
 from tests import deploy_commands as commands
+from tests import deploy_files as deploy
 from tests import kuberay
 
-FILES = checks.load()
+FILES = deploy.load()
 SERVE = [name for name in FILES if name.startswith("serve.")]
-IMAGE = (checks.DEPLOY / "Dockerfile").read_text()
-READMES = {name: (checks.ROOT / name).read_text() for name in ("README.md", "deploy/README.md")}
+IMAGE = (deploy.DEPLOY / "Dockerfile").read_text()
+READMES = {name: (deploy.ROOT / name).read_text() for name in ("README.md", "deploy/README.md")}
 OTHERS = {"aws", "export", "openssl", "pip", "python", "tr"}  # of deploy/README.md, and nobody's to check
 FREE = {"annotations", "nodeSelector", "available_node_types"}  # whose keys are names
 NESTED = ("serveConfigV2", "serve.yaml", "cellray.yaml")
@@ -48,7 +49,7 @@ def test_what_asks_for_gpus() -> None:
     gpus = {one["name"]: one["ray_actor_options"].get("num_gpus", 0) for one in application["deployments"]}
     assert gpus.pop(INGRESS) == 0
     assert all(gpus.values())
-    (cluster,) = kuberay.clusters(FILES[checks.SERVICE][0])
+    (cluster,) = kuberay.clusters(FILES[deploy.SERVICE][0])
     kinds = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     assert kinds["gpu-spot"]["priority"] > kinds["gpu"]["priority"]
     shapes = [kinds[name]["template"]["spec"]["containers"][0]["resources"] for name in ("gpu-spot", "gpu")]
@@ -108,57 +109,57 @@ RULE = ["groups", 0, "rules", 1]
         ("serve.gpu.yaml", 0, [*ENCODER, "name"], "sam_vit_b-encodr"),
         ("serve.local.yaml", 0, ["applications", 0, "args", "models"], ["nanno"]),
         ("serve.local.yaml", 0, ["applications", 0, "name"], "cellrey"),
-        (checks.SERVICE, 0, ["metadata", "name"], "cellray2"),  # the proxy and Prometheus ask cellray-serve-svc
-        (checks.SERVICE, 0, ["metadata", "annotations", "ray.io/ft-enabled"], "true"),
-        (checks.SERVICE, 0, [*CLUSTER, "rayVersion"], "2.59.0"),
-        (checks.SERVICE, 0, [*CLUSTER, "authOptions", "mode"], "disabled"),
-        (checks.SERVICE, 0, [*CLUSTER, "authOptions", "secretName"], "cellray-ray-tokn"),
-        (checks.SERVICE, 0, [*CLUSTER, "gcsFaultToleranceOptions", "redisAddress"], "redis:6379"),
-        (checks.SERVICE, 0, [*CLUSTER, "gcsFaultToleranceOptions", "backend"], "rocksdb"),
-        (checks.SERVICE, 0, [*CLUSTER, "networkPolicy"], {"mode": "DenyAll"}),
-        (checks.SERVICE, 0, [*CLUSTER, "autoscalerOptions", "version"], "v1"),  # priorities need v2
-        (checks.SERVICE, 0, [*CLUSTER, "headGroupSpec", "rayStartParams", "num-cpu"], "0"),
-        (checks.SERVICE, 0, [*HEAD, "securityContext", "runAsUser"], 0),
-        (checks.SERVICE, 0, [*HEAD, "containers", 0, "image"], "CHANGE-ME/cellray:latest"),
-        (checks.SERVICE, 0, [*HEAD, "containers", 0, "env", 0, "name"], "CELLRAY_CONFG"),
-        (checks.SERVICE, 0, [*HEAD, "containers", 0, "ports", 2, "name"], "http"),
-        (checks.SERVICE, 0, [*HEAD, "containers", 0, "volumeMounts", 1, "name"], "secret"),
-        (checks.SERVICE, 0, [*HEAD, "volumes", 1, "secret", "secretName"], "cellrey"),
-        (checks.SERVICE, 0, [*HEAD, "restartPolicy"], "Always"),
-        (checks.SERVICE, 0, [*GROUP, "minReplicas"], 99),
-        (checks.SERVICE, 0, [*GROUP, "maxReplicas"], 2),  # fewer GPUs than replicas
-        (checks.SERVICE, 0, [*GROUP, "groupName"], "gpu"),
-        (checks.SERVICE, 0, [*GROUP, "template", "metadata", "labels", "app"], "celray"),
-        (checks.SERVICE, 0, [*GROUP, "template", "spec", "terminationGracePeriodSeconds"], 30),
-        (checks.SERVICE, 0, ["spec", "serveConfigV2"], "applications: ["),
+        (deploy.SERVICE, 0, ["metadata", "name"], "cellray2"),  # the proxy and Prometheus ask cellray-serve-svc
+        (deploy.SERVICE, 0, ["metadata", "annotations", "ray.io/ft-enabled"], "true"),
+        (deploy.SERVICE, 0, [*CLUSTER, "rayVersion"], "2.59.0"),
+        (deploy.SERVICE, 0, [*CLUSTER, "authOptions", "mode"], "disabled"),
+        (deploy.SERVICE, 0, [*CLUSTER, "authOptions", "secretName"], "cellray-ray-tokn"),
+        (deploy.SERVICE, 0, [*CLUSTER, "gcsFaultToleranceOptions", "redisAddress"], "redis:6379"),
+        (deploy.SERVICE, 0, [*CLUSTER, "gcsFaultToleranceOptions", "backend"], "rocksdb"),
+        (deploy.SERVICE, 0, [*CLUSTER, "networkPolicy"], {"mode": "DenyAll"}),
+        (deploy.SERVICE, 0, [*CLUSTER, "autoscalerOptions", "version"], "v1"),  # priorities need v2
+        (deploy.SERVICE, 0, [*CLUSTER, "headGroupSpec", "rayStartParams", "num-cpu"], "0"),
+        (deploy.SERVICE, 0, [*HEAD, "securityContext", "runAsUser"], 0),
+        (deploy.SERVICE, 0, [*HEAD, "containers", 0, "image"], "CHANGE-ME/cellray:latest"),
+        (deploy.SERVICE, 0, [*HEAD, "containers", 0, "env", 0, "name"], "CELLRAY_CONFG"),
+        (deploy.SERVICE, 0, [*HEAD, "containers", 0, "ports", 2, "name"], "http"),
+        (deploy.SERVICE, 0, [*HEAD, "containers", 0, "volumeMounts", 1, "name"], "secret"),
+        (deploy.SERVICE, 0, [*HEAD, "volumes", 1, "secret", "secretName"], "cellrey"),
+        (deploy.SERVICE, 0, [*HEAD, "restartPolicy"], "Always"),
+        (deploy.SERVICE, 0, [*GROUP, "minReplicas"], 99),
+        (deploy.SERVICE, 0, [*GROUP, "maxReplicas"], 2),  # fewer GPUs than replicas
+        (deploy.SERVICE, 0, [*GROUP, "groupName"], "gpu"),
+        (deploy.SERVICE, 0, [*GROUP, "template", "metadata", "labels", "app"], "celray"),
+        (deploy.SERVICE, 0, [*GROUP, "template", "spec", "terminationGracePeriodSeconds"], 30),
+        (deploy.SERVICE, 0, ["spec", "serveConfigV2"], "applications: ["),
         ("kuberay/rayjob-embed.yaml", 0, ["spec", "backoffLimit"], 2),
         ("kuberay/rayjob-embed.yaml", 0, ["spec", "suspend"], True),
         ("kuberay/rayjob-embed.yaml", 0, ["spec", "submissionMode"], "SidecarMode"),
         ("kuberay/rayjob-embed.yaml", 0, ["spec", "entrypoint"], "python -m jobs.embed s3://a s3://b --modle nano"),
         ("kuberay/rayjob-embed.yaml", 0, ["metadata", "generateName"], "cellray-" * 6),
-        (checks.ALONE, 1, ["spec", "shutdownAfterJobFinishes"], False),
-        (checks.ALONE, 1, ["spec", "rayClusterSpec"], None),
-        (checks.ALONE, 1, ["spec", "entrypoint"], "bash -c 'python -m jobs.embd a b --model nano'"),
+        (deploy.ALONE, 1, ["spec", "shutdownAfterJobFinishes"], False),
+        (deploy.ALONE, 1, ["spec", "rayClusterSpec"], None),
+        (deploy.ALONE, 1, ["spec", "entrypoint"], "bash -c 'python -m jobs.embd a b --model nano'"),
         ("kuberay/policies.yaml", 0, ["spec", "podSelector", "matchLabels", "app"], "cellrey"),
         ("kuberay/policies.yaml", 1, ["spec", "minAvailable"], "50%"),
         ("kuberay/policies.yaml", 2, ["spec", "selector", "matchLabels", "part"], "workers"),
         ("kuberay/proxy.yaml", 0, ["spec", "ports", 0, "targetPort"], "http"),
         ("kuberay/proxy.yaml", 1, ["spec", "template", "spec", "containers", 0, "image"], "haproxy:2.8.1"),
         ("kuberay/redis.yaml", 0, ["spec", "serviceName"], "redis"),
-        (checks.SETTINGS, 0, ["data", "cellray.yaml"], "dataset: [s3://a/b]"),
-        (checks.SETTINGS, 0, ["data", "cellray.yaml"], "service: {keys: /run/secrets/keys}"),
-        (checks.AWS, 0, [*NODES, "min_workers"], 99),
-        (checks.AWS, 0, [*NODES, "priorty"], 1),
-        (checks.AWS, 0, [*NODES, "node_config", "InstanceTyp"], "g6e.2xlarge"),
-        (checks.AWS, 0, [*NODES, "node_config", "InstanceType"], "g6e.2xlrge"),
-        (checks.AWS, 0, ["head_node_type"], "haed"),
-        (checks.AWS, 0, ["head_start_ray_commands"], ["ray start --head --prot=6379"]),
-        (checks.AWS, 0, ["docker", "run_options"], []),
-        (checks.PROMETHEUS, 0, ["scrape_configs", 0, "job_name"], "cellrey"),
-        (checks.RULES, 0, [*RULE, "expr"], "sum(rate(ray_cellray_request_second_count[5m])) > 1"),
-        (checks.RULES, 0, [*RULE, "expr"], 'sum(rate(ray_cellray_request_seconds_count{code="500"}[5m])) > 1'),
-        (checks.RULES, 0, [*RULE, "expr"], "sum(rate(ray_cellray_request_seconds_total[5m])) > 1"),
-        (checks.RULES, 0, [*RULE, "expr"], 'sum(rate(ray_cellray_rejected_total{reason="bussy"}[5m])) > 1'),
+        (deploy.SETTINGS, 0, ["data", "cellray.yaml"], "dataset: [s3://a/b]"),
+        (deploy.SETTINGS, 0, ["data", "cellray.yaml"], "service: {keys: /run/secrets/keys}"),
+        (deploy.AWS, 0, [*NODES, "min_workers"], 99),
+        (deploy.AWS, 0, [*NODES, "priorty"], 1),
+        (deploy.AWS, 0, [*NODES, "node_config", "InstanceTyp"], "g6e.2xlarge"),
+        (deploy.AWS, 0, [*NODES, "node_config", "InstanceType"], "g6e.2xlrge"),
+        (deploy.AWS, 0, ["head_node_type"], "haed"),
+        (deploy.AWS, 0, ["head_start_ray_commands"], ["ray start --head --prot=6379"]),
+        (deploy.AWS, 0, ["docker", "run_options"], []),
+        (deploy.PROMETHEUS, 0, ["scrape_configs", 0, "job_name"], "cellrey"),
+        (deploy.RULES, 0, [*RULE, "expr"], "sum(rate(ray_cellray_request_second_count[5m])) > 1"),
+        (deploy.RULES, 0, [*RULE, "expr"], 'sum(rate(ray_cellray_request_seconds_count{code="500"}[5m])) > 1'),
+        (deploy.RULES, 0, [*RULE, "expr"], "sum(rate(ray_cellray_request_seconds_total[5m])) > 1"),
+        (deploy.RULES, 0, [*RULE, "expr"], 'sum(rate(ray_cellray_rejected_total{reason="bussy"}[5m])) > 1'),
     ],
 )
 def test_a_wrong_value_is_found(name: str, index: int, path: list[Any], value: Any) -> None:
@@ -173,7 +174,7 @@ def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         for key, value in node.items():
             if not (path and path[-1] in FREE):
                 yield (*path, key)
-            inner = checks.parsed(value) if key in NESTED else value
+            inner = deploy.parsed(value) if key in NESTED else value
             yield from keys(inner, (*path, key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
@@ -183,7 +184,7 @@ def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def misspell(node: Any, path: tuple[Any, ...]) -> None:
     key, *rest = path
     if rest and key in NESTED:
-        inner = checks.parsed(node[key])
+        inner = deploy.parsed(node[key])
         misspell(inner, tuple(rest))
         node[key] = yaml.safe_dump(inner)
     elif rest:
@@ -195,7 +196,7 @@ def misspell(node: Any, path: tuple[Any, ...]) -> None:
 @pytest.mark.skipif(bool(kuberay.absent()), reason=kuberay.absent() or "-")
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_misspelt_key_is_found(name: str, data: st.DataObject) -> None:
     docs = copy.deepcopy(FILES[name])
     misspell(docs, data.draw(st.sampled_from([*keys(docs)])))
@@ -204,7 +205,7 @@ def test_a_misspelt_key_is_found(name: str, data: st.DataObject) -> None:
 
 def test_a_key_that_is_there_twice_is_no_yaml() -> None:
     with pytest.raises(yaml.YAMLError, match="twice"):
-        checks.parsed("a: 1\nb: 2\na: 3\n")
+        deploy.parsed("a: 1\nb: 2\na: 3\n")
 
 
 def test_the_image_is_of_pinned_parts_and_files_that_there_are() -> None:
@@ -212,10 +213,10 @@ def test_the_image_is_of_pinned_parts_and_files_that_there_are() -> None:
     names = [words[3] for words in stages if len(words) == 4]
     assert all(re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-[a-z-]+", words[1]) for words in stages)
     assert len(stages) == 2, "one to build, one to run"
-    project = tomllib.loads((checks.ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((deploy.ROOT / "pyproject.toml").read_text())["project"]
     (extras,) = re.findall(r"^ARG EXTRAS=(.+)$", IMAGE, re.M)
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
-    ignored = [line for line in (checks.ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    ignored = [line for line in (deploy.ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert ignored[0] == "*"
     for words in re.findall(r"^COPY (.+)$", IMAGE, re.M):
         *sources, _ = words.split()
@@ -223,14 +224,14 @@ def test_the_image_is_of_pinned_parts_and_files_that_there_are() -> None:
             assert sources[0].removeprefix("--from=") in names
             continue
         for source in sources:
-            assert (checks.ROOT / source).exists(), source
+            assert (deploy.ROOT / source).exists(), source
             assert f"!{source}" in ignored, source
-    packages = tomllib.loads((checks.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = tomllib.loads((deploy.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert {f"COPY {name.split('.')[0]} {name.split('.')[0]}" for name in packages} <= set(IMAGE.splitlines())
     assert "--constraint constraints.txt" in IMAGE
-    assert checks.constraint("boto3")
+    assert deploy.constraint("boto3")
     users = re.findall(r"useradd --uid (\d+)", IMAGE)
-    assert users == [checks.user()] != ["0"]
+    assert users == [deploy.user()] != ["0"]
     assert not any(fnmatch(name, line) for name in (".git", ".venv", "deploy", "keys") for line in ignored[1:])
 
 
@@ -240,14 +241,14 @@ def test_commands_of_the_readmes(name: str) -> None:
     assert len(found) > 20
     assert [one for line in found for one in commands.wrong(line)] == []
     for file in re.findall(r"`((?:deploy|tests|serve_app|cluster|jobs)/[\w/.-]+\.\w+)`", READMES[name]):
-        assert (checks.ROOT / file).exists(), file
+        assert (deploy.ROOT / file).exists(), file
 
 
 def test_the_deploy_readme_has_no_line_that_is_no_command() -> None:
     for line in commands.blocks(READMES["deploy/README.md"]):
         assert commands.wrong(line, None, OTHERS) == [], line
     for file in re.findall(r"`((?:kuberay|proxy|prometheus|grafana)/[\w/.-]*)`", READMES["deploy/README.md"]):
-        assert (checks.DEPLOY / file).exists(), file
+        assert (deploy.DEPLOY / file).exists(), file
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def proxy() -> Iterator[Proxy]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     values = {
         "BIND": f"127.0.0.1:{made.port}", "HTTP": f"127.0.0.1:{server.server_port}", "GRPC": "127.0.0.1:9",
-        "REQUEST_HEAD_TIME": "1s", "IDLE_TIME": "2s", "BODY_BYTES": str(BODY_BYTES), "CONNECTIONS_A_CLIENT": str(CONNECTIONS),
+        "REQUEST_HEAD_TIME": "1s", "IDLE_TIME": "2s", "BODY_BYTES": str(BODY_BYTES),
+        "CONNECTIONS_A_CLIENT": str(CONNECTIONS),
     }  # fmt: skip
     running = subprocess.Popen(
         [get_haproxy_binary(), "-q", "-f", str(CONFIG)], env={**os.environ, **values}, stdout=subprocess.DEVNULL
