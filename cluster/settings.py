@@ -72,9 +72,10 @@ class ModelSettings(WeightsSettings):
     modelconfig: str | None = Field(
         None, description="a CellSAM's own YAML, which says what its detector's sizes are; a path or s3://…"
     )
+    cells: bool = Field(False, description="it is a CellSAM: serve its detector too, which finds every cell")
 
 
-DEFAULT_MODELS: dict[str, dict[str, str]] = {
+DEFAULT_MODELS: dict[str, dict[str, str | bool]] = {
     "nano": {"source": "packaged:nano", "licence": "Apache-2.0"},
     "sam_vit_b": {
         "source": PUBLIC_WEIGHTS + "sam_vit_b_01ec64.pth",
@@ -95,6 +96,7 @@ DEFAULT_MODELS: dict[str, dict[str, str]] = {
         name: {
             "source": f"deepcell:models/cellsam-models_v1.2.tar.gz#cellsam_v1.2/{name}.pt",
             "licence": "CellSAM's modified Apache-2.0, not for commercial use: github.com/vanvalenlab/cellSAM",
+            "cells": True,
         }
         for name in ("cellsam_general", "cellsam_extra")
     },
@@ -107,6 +109,12 @@ class Limits(Frozen):
     image_bytes: PositiveInt = Field(256 * MIB, description="largest image file, and largest HTTP body")
     image_pixels: PositiveInt = Field(
         100_000_000, le=178_956_970, description="largest width × height, checked first; Pillow refuses more"
+    )
+    slide_bytes: PositiveInt = Field(
+        32 << 30, description="largest file of a whole slide, which a worker copies to its disk, in TMPDIR"
+    )
+    slide_pixels: PositiveInt = Field(
+        (1 << 32) - 1, lt=1 << 32, description="largest width × height of a whole slide, read tile by tile"
     )
     prompts: PositiveInt = Field(4096, description="most prompts for one image in one request")
     request_timeout_s: PositiveFloat = Field(600, description="longest wait for one answer of a replica")

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -242,13 +243,20 @@ class Storage:
             with suppress(FileNotFoundError):
                 os.unlink(uri)
 
-    def fetch(self, uri: str, path: Path) -> str:
-        """Copy one file to a local `path`, whole; → its sha256."""
+    def fetch(self, uri: str, path: Path, part: slice | None = None) -> str:
+        """Copy one file, or these bytes of it, to a local `path`, whole; → the copy's sha256. Raises InvalidInput: the
+        file ends before they do."""
         digest = hashlib.sha256()
         with self.open(uri) as source, mapped(str(path)), path.open("wb") as target:
-            while chunk := source.read(CHUNK):
+            if part:
+                source.seek(part.start)
+            left = part.stop - part.start if part else sys.maxsize
+            while chunk := source.read(min(CHUNK, left)):
                 digest.update(chunk)
                 target.write(chunk)
+                left -= len(chunk)
+        if part and left:
+            raise InvalidInput(f"{uri} ends {left} bytes before what was asked of it")
         return digest.hexdigest()
 
     def sha256(self, uri: str) -> str:

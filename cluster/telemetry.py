@@ -24,6 +24,8 @@ QUEUE_SECONDS = "cellray_queue_seconds"
 ENCODER_SECONDS = "cellray_encoder_seconds"
 DECODER_SECONDS = "cellray_decoder_seconds"
 AUTOMASK_SECONDS = "cellray_automask_seconds"
+CELLFINDER_SECONDS = "cellray_cellfinder_seconds"
+CELLS_SECONDS = "cellray_cells_seconds"
 STORAGE_READ_SECONDS = "cellray_storage_read_seconds"
 BATCH_ITEMS = "cellray_batch_items"
 BYTES_IN = "cellray_received_bytes"
@@ -38,6 +40,8 @@ METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
     ENCODER_SECONDS: ("the encoder, a batch", ("model",), SECONDS),
     DECODER_SECONDS: ("the decoder, a batch of prompts", ("model",), SECONDS),
     AUTOMASK_SECONDS: ("all masks of an image", ("model",), SECONDS),
+    CELLFINDER_SECONDS: ("the detector of cells, a batch", ("model",), SECONDS),
+    CELLS_SECONDS: ("the masks of all cells of an image", ("model",), SECONDS),
     STORAGE_READ_SECONDS: ("an embedding's read from a data set", (), SECONDS),
     BATCH_ITEMS: ("images, or requests for masks, in a batch", ("model", "part"), ITEMS),
     BYTES_IN: ("bytes of bodies that came in", ("route",), ()),

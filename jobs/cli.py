@@ -47,11 +47,16 @@ EXPORT = """Write what a data set holds for other tools:
 
 coco    its masks as one COCO file of instances, the file TARGET
 labels  its masks as label images in the folder TARGET: a TIFF an image, 0 for background, and where masks overlap the
-        smallest of them
+        smallest of them; above 67 million pixels in tiles, of any size in less than 2 GB of memory
+zarr-labels
+        the same as IMAGE.zarr, OME-NGFF label images of one resolution. Needs `pip install 'cellray[zarr]'`
 zarr    its embeddings for micro-sam in the folder TARGET: IMAGE.zarr an image, which micro_sam's annotators take as
         embedding path instead of running the encoder. The images are read again, since micro-sam compares their hash;
         one that cannot be, or has changed, is named and left out, and the exit code is 1. Needs
-        `pip install 'cellray[zarr]'`."""
+        `pip install 'cellray[zarr]'`.
+
+Tiles of an image that failed are holes: they are printed, and stand with the image, in COCO's `holes`, the TIFF's
+description or Zarr's attributes; the exit code is 1."""
 EXPORT_EXAMPLE = """examples:
   cellray export out --to coco masks.json
   cellray export s3://b/out --to labels ~/labels
@@ -222,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "write a data set's masks or embeddings for other tools", EXPORT, EXPORT_EXAMPLE
     )
     export.add_argument("dataset", metavar="OUT", help=DATASET)
-    export.add_argument("--to", choices=("coco", "labels", "zarr"), required=True)
+    export.add_argument("--to", choices=("coco", "labels", "zarr-labels", "zarr"), required=True)
     export.add_argument("target", metavar="TARGET", help="the file, or the folder, to write; may be s3://…")
     export.add_argument(
         "--micro-sam-model", metavar="NAME", help="with zarr: micro-sam's name of the model (default: by OUT's)"
@@ -401,7 +406,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from cluster.storage import Storage
-    from jobs import export, export_zarr
+    from jobs import export, export_labels, export_zarr, instances
     from serve_app import dataset
 
     settings = settings_module.load(arguments.config)
@@ -410,17 +415,27 @@ def _export(arguments: argparse.Namespace) -> int:
         export_zarr.check()
     elif arguments.micro_sam_model:
         raise InvalidInput("--micro-sam-model goes with --to zarr")
-    uris = export_zarr.uris(found) if zarr else export.uris(found)
-    names = export.Names(uris)
+    if arguments.to == "zarr-labels":
+        export_labels.check()
+    uris = export_zarr.uris(found) if zarr else instances.uris(found)
+    names, problems = export.Names(uris), 0
+
+    def problem(text: str) -> None:
+        nonlocal problems
+        problems += 1
+        bar.write(text)
+
     with tqdm(total=len(uris), unit="image", desc="export", disable=None) as bar:
         if zarr:
             model = arguments.micro_sam_model
-            count = export_zarr.write(found, names, arguments.target, model, settings.limits, bar.update, bar.write)
+            count = export_zarr.write(found, names, arguments.target, model, settings.limits, bar.update, problem)
         else:
-            write = export.coco if arguments.to == "coco" else export.labels
-            count = write(found, names, arguments.target, bar.update)
+            for text in export_labels.problems(found, names):
+                problem(text)
+            writers = {"coco": export.coco, "labels": export_labels.labels, "zarr-labels": export_labels.zarr_labels}
+            count = writers[arguments.to](found, names, arguments.target, bar.update)
     print(f"{count:,} images to {arguments.target}")
-    return 1 if zarr and count < len(uris) else 0
+    return 1 if problems else 0
 
 
 def _key(arguments: argparse.Namespace) -> int:

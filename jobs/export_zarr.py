@@ -23,7 +23,7 @@ from PIL import Image
 
 from cluster.errors import CellrayError, InvalidImage, InvalidInput, InvalidSettings, NotFound
 from cluster.settings import Limits
-from cluster.storage import absolute, join, mapped
+from cluster.storage import Storage, absolute, join, mapped
 from jobs import images
 from jobs.export import Names
 from jobs.images import Entry
@@ -166,6 +166,18 @@ def _publish(found: Dataset, uri: str, array: np.ndarray, attributes: dict[str, 
         group = zarr.open_group(folder, mode="w", zarr_format=2)
         group.create_array("features", shape=features.shape, chunks=features.shape, dtype=features.dtype)[:] = features
         group.attrs.update(attributes)
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        for path in sorted(files, key=lambda path: path == Path(folder, ROOT)):
-            found.storage.publish(join(uri, *path.relative_to(folder).parts), path)
+        publish(found.storage, Path(folder), uri)
+
+
+def publish(storage: Storage, folder: Path, uri: str, at_once: int = 1) -> None:
+    """A group's files, its attributes last."""
+    last = folder / ROOT
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != last]
+
+    def one(path: Path) -> None:
+        storage.publish(join(uri, *path.relative_to(folder).parts), path)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for _ in pool.map(one, files):
+            pass
+    one(last)

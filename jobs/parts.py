@@ -19,6 +19,7 @@ from serve_app.model import planes, preprocess, tiles
 from serve_app.model.planes import Stack
 from serve_app.model.preprocess import ModelImage, Size
 from serve_app.model.prompts import GridOptions, crops
+from serve_app.model.slides import Crop, Held
 from serve_app.model.tiles import Box
 
 
@@ -56,18 +57,30 @@ class File:
 
     def _decoded(self, plane: View) -> np.ndarray:
         if self.stack:
-            pixels = self.stack.plane(int(plane.z or 0), int(plane.t or 0), self.chosen)
-        else:
-            pixels = preprocess.decode(self.data, self.max_pixels)
-        if not plane.crop:
-            return pixels
-        x, y, width, height = plane.numbers("crop")
-        if x + width > pixels.shape[1] or y + height > pixels.shape[0] or not width * height:
-            size = f"{pixels.shape[1]} × {pixels.shape[0]}"
-            raise InvalidImage(
-                f"the crop {plane.crop} (x,y,width,height) is empty or leaves the image of {size} pixels"
-            )
-        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+            return _cropped(self.stack.plane(int(plane.z or 0), int(plane.t or 0), self.chosen), plane)
+        return _cropped(preprocess.decode(self.data, self.max_pixels), plane)
+
+    def samples(self, plane: View) -> np.ndarray:
+        """[height, width, 1 to 3] of a plane, or its crop, in the type that they are kept in."""
+        with self.lock:
+            if self.stack:
+                return _cropped(self.stack.samples(int(plane.z or 0), int(plane.t or 0), self.chosen), plane)
+            return _cropped(preprocess.samples(self.data, self.max_pixels), plane)
+
+
+def planes_of(view: View, depths: tuple[int, int]) -> list[View]:
+    """What a view asks for of a file of `depths` (z, t), in order of t and z, without tiles."""
+    asked = zip((view.z, view.t), depths, strict=True)
+    chosen = [list(map(str, range(depth))) if number == EACH else [number] for number, depth in asked]
+    return [replace(view, z=z, t=t, tile="") for t in chosen[1] for z in chosen[0]]
+
+
+def _cropped(pixels: np.ndarray, plane: View) -> np.ndarray:
+    if not plane.crop:
+        return pixels
+    x, y, width, height = plane.numbers("crop")
+    window = Crop(Held(pixels), (x, y, width, height))
+    return np.ascontiguousarray(window.read(slice(None), slice(None)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +159,8 @@ def parts(entry: Entry, data: bytes, limits: Limits) -> Iterator[Part]:
     except CellrayError as error:
         yield Part(entry, replace(view, tile=""), error=error)
         return
-    depths = zip((view.z, view.t), file.depths, strict=True)
-    chosen = [list(map(str, range(depth))) if asked == EACH else [asked] for asked, depth in depths]
-    places = [(z, t) for t in chosen[1] for z in chosen[0]]
-    for number, (z, t) in enumerate(places, 1):
-        plane = replace(view, z=z, t=t, tile="")
+    places = planes_of(view, file.depths)
+    for number, plane in enumerate(places, 1):
         boxes = _boxes(file, plane, view)
         for index in range(max(1, len(boxes))):
             last = index + 1 >= len(boxes)

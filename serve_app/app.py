@@ -6,7 +6,7 @@ from ray.serve import Application
 from cluster import settings as settings_module
 from cluster.errors import InvalidSettings
 from serve_app import contract, models
-from serve_app.deployments import DecoderReplica, EncoderReplica, IngressReplica, deployment
+from serve_app.deployments import CellFinderReplica, DecoderReplica, EncoderReplica, IngressReplica, deployment
 
 
 class AppArgs(BaseModel):
@@ -19,7 +19,7 @@ class AppArgs(BaseModel):
 
 
 def build(args: AppArgs) -> Application:
-    """One encoder and one decoder deployment a model, and the ingress over them.
+    """An encoder and a decoder deployment a model, a cellfinder where it finds cells, and the ingress over them.
 
     Raises:
         InvalidSettings, NotFound: the settings or a model's name are wrong.
@@ -27,9 +27,11 @@ def build(args: AppArgs) -> Application:
     settings = settings_module.load(args.config)
     if len(set(args.models)) != len(args.models):
         raise InvalidSettings(f"args.models names a model twice: {', '.join(args.models)}")
-    handles = []
+    handles: list[Application | None] = []
     for name in args.models:
-        models.find(settings, name)
+        cells = models.find(settings, name).cells
         handles.append(deployment(EncoderReplica, contract.encoder_deployment(name)).bind(settings, name))
         handles.append(deployment(DecoderReplica, contract.decoder_deployment(name)).bind(settings, name))
+        finder = deployment(CellFinderReplica, contract.cellfinder_deployment(name))
+        handles.append(finder.bind(settings, name) if cells else None)
     return deployment(IngressReplica, contract.INGRESS).bind(settings, args.models, *handles)

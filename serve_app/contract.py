@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from serve_app.model.cellsam import PREPROCESS as CELLSAM
 from serve_app.model.preprocess import PREPROCESS, Size
 
 APP_NAME = "cellray"
@@ -30,16 +31,25 @@ def decoder_deployment(model: str) -> str:
     return f"{model}-decoder"
 
 
+def cellfinder_deployment(model: str) -> str:
+    """Of models whose settings say `cells: true`."""
+    return f"{model}-cellfinder"
+
+
 def image_id(data: bytes, part: str = "") -> str:
     """sha256 of the image file's bytes, hex; of a part of it, sha256 over that and the part's name."""
-    whole = hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
+    return part_id(hashlib.sha256(data).hexdigest(), part)
 
 
-def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE) -> str:
-    """sha256 over what an embedding is a function of: image, preprocessing, encoder, `kept`, one of DTYPES or POOLED,
+def part_id(image: str, part: str) -> str:
+    """Of a part of an image that has the id `image`."""
+    return hashlib.sha256(f"{image}\n{part}".encode()).hexdigest() if part else image
+
+
+def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE, preprocess: str = PREPROCESS) -> str:
+    """sha256 over what an embedding is a function of: image, `preprocess`, encoder, `kept`, one of DTYPES or POOLED,
     and `dtype`, what it was computed in. Hex."""
-    return hashlib.sha256("\n".join((image, PREPROCESS, encoder_sha256, kept, dtype)).encode()).hexdigest()
+    return hashlib.sha256("\n".join((image, preprocess, encoder_sha256, kept, dtype)).encode()).hexdigest()
 
 
 def packed(logits: np.ndarray) -> dict[str, Any]:
@@ -55,8 +65,8 @@ def unpacked(shape: Sequence[int], data: str) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex; `dtype` is what products are
-    computed in; `warning` is for whoever runs the service."""
+    """What a replica says of its model. Sizes in pixels; hashes are sha256 in hex, empty for a part that it has not;
+    `dtype` is what products are computed in; `warning` is for whoever runs the service."""
 
     name: str
     family: str
@@ -65,6 +75,7 @@ class ModelInfo:
     channels: int
     encoder_sha256: str
     decoder_sha256: str
+    detector_sha256: str
     licence: str
     trained: bool
     runtime: str
@@ -95,6 +106,21 @@ class Embedding:
         """[channels] float32: the mean over the tokens that hold image, not padding."""
         rows, columns = (-(-side // patch) for side in self.input)
         return self.array[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What cells are made from: an embedding that is kept nowhere."""
+
+    embedding_id: str
+    image_id: str
+    model: str
+
+    @classmethod
+    def of(cls, image: str, info: ModelInfo) -> Made:
+        """Of an image, or a part of one, by its id."""
+        made = embedding_id(image, info.encoder_sha256, info.dtype, preprocess=CELLSAM)
+        return cls(made, image, info.name)
 
 
 class Timed(list[Item]):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import numpy as np
@@ -32,8 +32,10 @@ from serve_app import handle, ingress, models
 from serve_app.batches import Batches
 from serve_app.contract import DTYPE, ModelInfo, Timed
 from serve_app.guard import Guard
-from serve_app.model import automask, checkpoint, decoder, encoder, onnx
+from serve_app.model import automask, cellfinder, cells, checkpoint, decoder, encoder, onnx
+from serve_app.model.cell_masks import Boxes, Cells, CellsRequest
 from serve_app.model.masks import MaskSet
+from serve_app.model.paint import paint
 from serve_app.model.preprocess import Size
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts, View
 from serve_app.oip_grpc import GrpcMethods
@@ -45,17 +47,20 @@ MAX_QUEUED_REQUESTS = 128  # a handle; more are refused, and the caller is told 
 MAX_ONGOING_REQUESTS = 32
 BATCH_IMAGES = 8  # past 8, ViT encoders gain little (reference: segment-anything-fast)
 BATCH_REQUESTS = 16
-AUTOMASKS = 2  # images at once a replica, up to 512 MB each: one is decoded while masks of the other are encoded
+WHOLE = 2  # images at once a replica, up to 512 MB each: one is decoded while masks of the other are encoded
 
 Items = list[np.ndarray]
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class _Images:
-    """A call: images, and the dtype that their embeddings are to have."""
+    """A call: images, the dtype that their embeddings are to have, and whether they are CellSAM's pixels."""
 
     images: Items
     dtype: str
+    cells: bool
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,24 +113,59 @@ class EncoderReplica:
     def info(self) -> ModelInfo:
         return self.model_info
 
-    async def encode(self, images: Items, dtype: str = DTYPE) -> Timed[np.ndarray | CellrayError]:
+    async def encode(self, images: Items, dtype: str = DTYPE, cells: bool = False) -> Timed[np.ndarray | CellrayError]:
         """[h, w, 3] uint8 images with long side S → [C, g, g] of `dtype`, one of DTYPES, each, or an error in its
-        place."""
-        answer = await self.batches(_Images(images, dtype))
+        place. With `cells` they are [h, w, 3] float32 of `cellsam.normalise`, of any size."""
+        answer = await self.batches(_Images(images, dtype, cells))
         _log_call("encoded", answer)
         return answer
 
     async def _encode(self, calls: list[_Images]) -> list[Timed[np.ndarray | CellrayError]]:
-        answers: dict[str, Iterator[np.ndarray | CellrayError]] = {}
+        answers: dict[tuple[str, bool], Iterator[np.ndarray | CellrayError]] = {}
         name, started = self.model_info.name, time.perf_counter()
         telemetry.observe(telemetry.BATCH_ITEMS, sum(map(len, calls)), model=name, part="encoder")
-        for dtype in {call.dtype for call in calls}:
-            images = [image for call in calls if call.dtype == dtype for image in call.images]
-            embed = partial(encoder.embed, self.encoder, images, dtype=dtype)
-            answers[dtype] = iter(await anyio.to_thread.run_sync(embed))
+        for dtype, whole in {(call.dtype, call.cells) for call in calls}:
+            images = [image for call in calls if (call.dtype, call.cells) == (dtype, whole) for image in call.images]
+            if whole:
+                embed = partial(cells.embed, self.encoder, images, self.model_info.device, dtype=dtype)
+            else:
+                embed = partial(encoder.embed, self.encoder, images, dtype=dtype)
+            answers[dtype, whole] = iter(await anyio.to_thread.run_sync(embed))
         ran_s = time.perf_counter() - started
         telemetry.observe(telemetry.ENCODER_SECONDS, ran_s, model=name)
-        return [Timed((next(answers[call.dtype]) for _ in call.images), name, ran_s) for call in calls]
+        return [Timed((next(answers[call.dtype, call.cells]) for _ in call.images), name, ran_s) for call in calls]
+
+
+class CellFinderReplica:
+    """CellSAM's pixels → boxes of cells. Holds the detector and nothing of the encoder and the decoder."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        _use_cores()
+        self.batches = Batches(self._find, BATCH_IMAGES)
+        self.name, model, device = name, models.find(settings, name), encoder.check_device("auto")
+        folder = models.prepare(settings, name)
+        self.detector = cellfinder.load(folder, "auto", device, model.dtype)
+        self.model_info = models.describe(name, self.detector.card, self.detector.runtime, device, model.dtype)
+        cells.find(self.detector, [np.zeros((64, 64, 3), np.float32)], device)  # ready means: has answered once
+        log.info(f"cellfinder {name}: {self.detector.runtime}, ready")
+
+    def info(self) -> ModelInfo:
+        return self.model_info
+
+    async def find(self, images: Items) -> Timed[Boxes | CellrayError]:
+        """[h, w, 3] float32 of `cellsam.normalise` → all the boxes that the detector has for each, or an error in its
+        place."""
+        answer = await self.batches(images)
+        _log_call("found the cells of", answer)
+        return answer
+
+    async def _find(self, calls: list[Items]) -> list[Timed[Boxes | CellrayError]]:
+        started, images = time.perf_counter(), [image for call in calls for image in call]
+        telemetry.observe(telemetry.BATCH_ITEMS, len(images), model=self.name, part="cellfinder")
+        found = iter(await anyio.to_thread.run_sync(cells.find, self.detector, images, self.model_info.device))
+        ran_s = time.perf_counter() - started
+        telemetry.observe(telemetry.CELLFINDER_SECONDS, ran_s, model=self.name)
+        return [Timed((next(found) for _ in call), self.name, ran_s) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -170,7 +210,7 @@ class DecoderReplica:
     def __init__(self, settings: Settings, name: str) -> None:
         _use_cores()
         self.batches = Batches(self._segment, BATCH_REQUESTS)
-        self.automasks, self.exporting = asyncio.Semaphore(AUTOMASKS), asyncio.Lock()
+        self.whole, self.exporting = asyncio.Semaphore(WHOLE), asyncio.Lock()
         self.exported: tuple[str, bytes] | None = None  # the ONNX file, and whose
         self.settings, self.name, self.serving = settings, name, False
         self.loaded = LoadedDecoder.load(settings, name, None)
@@ -234,40 +274,62 @@ class DecoderReplica:
     async def automask(
         self, images: list[tuple[Sequence[View], Size]], options: GridOptions, decoder_sha256: str | None = None
     ) -> Timed[MaskSet | CellrayError]:
-        """(views, original size) pairs → all their masks; AUTOMASKS images at a time, beside the batched requests.
-        Raises Conflict."""
-        async with self.automasks:
+        """(views, original size) pairs → all their masks. Raises Conflict."""
+        return await self._whole(
+            images,
+            lambda found, one: automask.generate(found, *one, options),
+            telemetry.AUTOMASK_SECONDS,
+            decoder_sha256,
+        )
+
+    async def cells(
+        self, requests: list[CellsRequest], decoder_sha256: str | None = None
+    ) -> Timed[Cells | CellrayError]:
+        """An image's embedding and boxes → its cells. Raises Conflict."""
+        return await self._whole(
+            requests,
+            lambda found, one: paint(found, one.embedding, one.found, one.size),
+            telemetry.CELLS_SECONDS,
+            decoder_sha256,
+        )
+
+    async def _whole(
+        self, images: list[Item], run: Callable[[decoder.Decoder, Item], Answer], metric: str, sha256: str | None
+    ) -> Timed[Answer | CellrayError]:
+        """Everything on an image: WHOLE images at a time, beside the batched requests."""
+        async with self.whole:
             loaded, started = self.loaded, time.perf_counter()
-            loaded.check(decoder_sha256)
-            found = [
-                await anyio.to_thread.run_sync(self._automask, loaded.decoder, views, size, options)
-                for views, size in images
-            ]
+            loaded.check(sha256)
+            found = [await anyio.to_thread.run_sync(self._one, loaded.decoder, one, run, metric) for one in images]
         answer = Timed(found, self.name, time.perf_counter() - started)
         _log_call("segmented whole", answer)
         return answer
 
-    def _automask(
-        self, found: decoder.Decoder | None, views: Sequence[View], size: Size, options: GridOptions
-    ) -> MaskSet | CellrayError:
+    def _one(
+        self,
+        found: decoder.Decoder | None,
+        image: Item,
+        run: Callable[[decoder.Decoder, Item], Answer],
+        metric: str,
+    ) -> Answer | CellrayError:
         if found is None:
             return checkpoint.no_decoder()
         try:
-            with telemetry.timing(telemetry.AUTOMASK_SECONDS, model=self.name):
-                return automask.generate(found, views, size, options)
+            with telemetry.timing(metric, model=self.name):
+                return run(found, image)
         except CellrayError as error:
             return error
         except Exception:
-            log.exception("automask failed")
-            return Internal("automatic masks failed; the replica's log has the cause")
+            log.exception("segmenting a whole image failed")
+            return Internal("segmenting the whole image failed; the replica's log has the cause")
 
 
 @serve.ingress()
 class IngressReplica(GrpcMethods):
-    """HTTP and gRPC over a Service. `handles` are (encoder, decoder) of each model in turn."""
+    """HTTP and gRPC over a Service. `handles` are (encoder, decoder, cellfinder or None) of each model in turn."""
 
-    def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle) -> None:
-        for one in handles:  # routed on the loop that calls them: each way, a change of threads less
+    def __init__(self, settings: Settings, names: list[str], *handles: DeploymentHandle | None) -> None:
+        for one in filter(None, handles):  # routed on the loop that calls them: each way, a change of threads less
             one._init(_run_router_in_separate_loop=False)
         self.guard = Guard(settings.service, session.http_host())
         self.service = Service(settings, names, handles)

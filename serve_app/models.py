@@ -203,6 +203,7 @@ def describe(name: str, card: checkpoint.ModelCard, runtime: str, device: str, d
         channels=sizes.channels,
         encoder_sha256=card.encoder_sha256,
         decoder_sha256=card.decoder_sha256,
+        detector_sha256=card.detector_sha256,
         licence=card.licence,
         trained=card.trained,
         runtime=runtime,

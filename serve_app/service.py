@@ -30,18 +30,22 @@ from cluster.errors import (
 from cluster.settings import ComputeDtype, Settings
 from serve_app import contract
 from serve_app.contract import Embedding, ModelInfo, Timed
-from serve_app.model import preprocess
+from serve_app.model import preprocess, seams
+from serve_app.model.cell_masks import Cells, CellsRequest
+from serve_app.model.cellsam import Options, Pixels
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import ModelImage
 from serve_app.model.prompts import DecodeRequest, GridOptions, crops
 from serve_app.store import EmbeddingStore, Facts
 
 Result = TypeVar("Result")
+Place = tuple[slice, slice]
 
 CROPS_A_CALL = 8  # of one image to an encoder
 EMBEDS_AT_ONCE = 8  # of one request's images
 DECODES_AT_ONCE = 4  # images, whatever their size; stored embeddings are read beside them, so that clicks do not wait
 READS_AT_ONCE = 16
+TILES_AT_ONCE = 8  # of one image
 LOGITS = 64  # masks of one request with their logits: 128 KB each
 
 
@@ -56,13 +60,14 @@ class Stored:
 
 
 class Service:
-    """One an ingress replica. `handles` are (encoder, decoder) of each named model in turn."""
+    """One an ingress replica. `handles` are (encoder, decoder, cellfinder or None) of each named model in turn."""
 
-    def __init__(self, settings: Settings, names: list[str], handles: Sequence[DeploymentHandle]) -> None:
+    def __init__(self, settings: Settings, names: list[str], handles: Sequence[Any]) -> None:
         self.limits = settings.limits
         self.names = names
-        self.encoders = dict(zip(names, handles[::2], strict=True))
-        self.decoders = dict(zip(names, handles[1::2], strict=True))
+        self.encoders: dict[str, DeploymentHandle] = dict(zip(names, handles[::3], strict=True))
+        self.decoders: dict[str, DeploymentHandle] = dict(zip(names, handles[1::3], strict=True))
+        self.cellfinders = {name: one for name, one in zip(names, handles[2::3], strict=True) if one is not None}
         self.store = EmbeddingStore(settings)
         self.infos: dict[str, ModelInfo] = {}
         self.decoding, self.reading = CapacityLimiter(DECODES_AT_ONCE), CapacityLimiter(READS_AT_ONCE)
@@ -180,13 +185,17 @@ class Service:
             NotFound: it is in no data set, or not whole, or no longer there.
             Conflict: its file is another one now.
         """
+        return await self._decode(preprocess.decode, await self.file(image_id), self.limits.image_pixels)
+
+    async def file(self, image_id: str) -> bytes:
+        """As `pixels`, undecoded."""
         facts = await self._thread(self.store.facts, *_made(image_id, await self._infos()))
         if facts["part"]:
-            raise NotFound(f"{facts['image_uri']} is there in parts ({facts['part']}); only whole images are shown")
+            raise NotFound(f"{facts['image_uri']} is there in parts ({facts['part']}); only whole images are read")
         data = await self._thread(self.store.storage.read, facts["image_uri"], self.limits.image_bytes)
         if await self._thread(contract.image_id, data) != image_id:
             raise Conflict(f"{facts['image_uri']} is not what was embedded any more")
-        return await self._decode(preprocess.decode, data, self.limits.image_pixels)
+        return data
 
     async def decoder_onnx(self, model: str) -> bytes:
         """As segment_anything exports it; `serve_app.model.onnx` names its inputs. Raises NotFound, InvalidSettings."""
@@ -230,9 +239,51 @@ class Service:
         (found,) = await self._call(handle.remote([(views, embedding.original)], options))
         return _value(found)
 
+    async def cells(self, data: bytes, info: ModelInfo, options: Options) -> Cells:
+        """Every cell of an image, from its file's bytes; large ones in tiles, some of them at a time.
+
+        Raises:
+            InvalidInput: an option is out of its range, or the model finds no cells. InvalidImage and its kinds,
+            Unavailable, DeadlineExceeded
+        """
+        if info.name not in self.cellfinders:
+            able = ", ".join(self.cellfinders) or "none of those that are served"
+            raise InvalidInput(f"model {info.name} finds no cells; models that do: {able}")
+        samples: np.ndarray = await self._decode(preprocess.samples, data, self.limits.image_pixels)
+        pixels: Pixels = await self._decode(Pixels, samples, options)
+        turn = asyncio.Semaphore(TILES_AT_ONCE)
+
+        async def one(place: Place) -> Cells:
+            async with turn:
+                ready: np.ndarray = await self._decode(pixels.tile, place)
+                return await self._cells(ready, info, pixels.bbox_threshold)
+
+        places = seams.tiles(pixels.size, options)
+        try:
+            async with asyncio.TaskGroup() as group:
+                parts = [group.create_task(one(place.seen)) for place in places]
+        except* CellrayError as several:
+            raise several.exceptions[0] from several
+        cells = [part.result() for part in parts]
+        found: Cells = await to_thread.run_sync(seams.joined, cells, places, pixels.size, options)
+        if len(places) > 1 and seams.too_large(found.areas(), pixels.size, options):
+            return await one(pixels.whole)
+        return found
+
+    async def _cells(self, ready: np.ndarray, info: ModelInfo, bbox_threshold: float) -> Cells:
+        """Of one tile: encoder and cellfinder side by side, then the decoder."""
+        array, found = await asyncio.gather(
+            self._call(self.encoders[info.name].encode.remote([ready], cells=True)),
+            self._call(self.cellfinders[info.name].find.remote([ready])),
+        )
+        boxes, size = _value(found[0]).above(bbox_threshold), (ready.shape[0], ready.shape[1])
+        request = CellsRequest(_value(array[0]), boxes, size)
+        (made,) = await self._call(self.decoders[info.name].cells.remote([request]))
+        return _value(made)
+
     async def ready(self) -> None:
-        """Every encoder and decoder has answered once; raises Unavailable otherwise."""
-        for handle in (*self.encoders.values(), *self.decoders.values()):
+        """Every encoder, decoder and cellfinder has answered once; raises Unavailable otherwise."""
+        for handle in (*self.encoders.values(), *self.decoders.values(), *self.cellfinders.values()):
             await self._call(handle.info.remote())
 
     async def _call(self, response: Any) -> Any:
@@ -272,7 +323,7 @@ def foreign(error: Exception) -> CellrayError:
     return Internal(f"a replica failed with {type(cause).__name__}; its log has the cause")
 
 
-def _value(answer: np.ndarray | MaskSet | CellrayError) -> Any:
+def _value(answer: Any) -> Any:
     if isinstance(answer, CellrayError):
         raise answer
     return answer

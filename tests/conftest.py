@@ -18,6 +18,7 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="cellray-test-home-")
 os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
+import hypothesis
 import pytest
 import yaml
 from _pytest.faulthandler import fault_handler_stderr_fd_key
@@ -25,7 +26,11 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from jobs import samples
 from tests.s3 import server
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("untimed")
+
 DEPLOY = Path(__file__).parent.parent / "deploy"
+CELLS, LICENCE = "cells", "CellSAM's own, for the tests"  # a model that is served where a test asks for it
 GRPC = "serve_app.oip_messages.add_to_server"
 
 
@@ -70,6 +75,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
             "storage": {"endpoint_url": endpoint, "attempts": 2},
             "datasets": [dataset, shown],
             "limits": {"image_bytes": 8 << 20},
+            "models": {CELLS: {"source": str(folder / f"{CELLS}.safetensors"), "licence": LICENCE, "cells": True}},
         }
         config = folder / "cellray.yaml"
         config.write_text(yaml.safe_dump(settings))

@@ -50,7 +50,7 @@ def test_a_replica_bounds_what_it_does_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(deployments, "_use_cores", lambda: None)
     monkeypatch.setattr(automask, "generate", generate)
     assert len(asyncio.run(ask(6))) == 6
-    assert most == deployments.AUTOMASKS
+    assert most == deployments.WHOLE
 
 
 @pytest.fixture(scope="module")

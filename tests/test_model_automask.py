@@ -236,7 +236,7 @@ def test_masks_are_placed_in_the_image(planes: np.ndarray, data: st.DataObject) 
 # Small regions
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     arrays(bool, st.tuples(st.integers(1, 14), st.integers(1, 14)), fill=st.booleans()),
     st.tuples(*[st.integers(0, 6)] * 4),

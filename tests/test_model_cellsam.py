@@ -17,8 +17,23 @@ from skimage import exposure
 from torch.nn import functional
 
 from cluster.errors import InvalidCheckpoint, InvalidImage, InvalidInput, InvalidSettings
-from serve_app.model import cellfinder, cells, cellsam, cellsam_names, checkpoint, decoder, encoder, masks, state
-from serve_app.model.cells import Boxes, Cells, CellSAM
+from serve_app.model import (
+    cell_masks,
+    cellfinder,
+    cells,
+    cellsam,
+    cellsam_inputs,
+    cellsam_names,
+    checkpoint,
+    decoder,
+    encoder,
+    masks,
+    paint,
+    seams,
+    state,
+)
+from serve_app.model.cell_masks import Boxes, Cells
+from serve_app.model.cells import CellSAM
 from serve_app.model.cellsam import Options
 from tests import cellsam_oracle
 from tests.cellsam_oracle import SMALL
@@ -48,11 +63,11 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", IMAGES)
 def test_pixels_equal_cellsams(name: str) -> None:
     ready = cellsam.normalise(cellsam.channels(IMAGES[name]))
-    square = cellsam.square(ready, 1024)
+    square = cellsam_inputs.square(ready, 1024)
     made = {
         "image": ready,
-        "encoder": cellsam.encoder_input(square, True).numpy(),
-        "detector": cellsam.detector_input(square, True).numpy(),
+        "encoder": cellsam_inputs.encoder_input(square, True).numpy(),
+        "detector": cellsam_inputs.detector_input(square, True).numpy(),
     }
     for key, values in made.items():
         assert np.abs(np.array(cellsam_oracle.shown(values)) - GOLDEN[name][key]).max() <= 1e-5, key
@@ -67,7 +82,7 @@ def test_boxes_and_cells_equal_cellsams(small: CellSAM) -> None:
     assert np.abs(found.boxes[: len(wanted)] - wanted).max() <= 1e-2  # of 1024 px
     assert np.ptp(golden["scores"]) > 5e-3  # they do differ from each other
     (embedding,) = cells.embed(small.encoder, [ready])
-    own = cells.paint(small.decoder, embedding, Boxes(wanted, found.scores[: len(wanted)]), size)
+    own = paint.paint(small.decoder, embedding, Boxes(wanted, found.scores[: len(wanted)]), size)
     labels = np.zeros(size, int)
     for number, mask in enumerate(masks.decode(golden["cells"], size), start=1):
         labels[mask] = number
@@ -84,7 +99,7 @@ def test_the_encoder_alone_answers_as_in_the_pipeline(nano: Path) -> None:
     assert (card.family, card.encoder_sha256, card.detector) == ("nano", whole.encoder_sha256, None)
     ready = cellsam.normalise(cellsam.channels(IMAGES["rgb"]))
     (inside,) = cells.embed(encoder.load(nano, "reference"), [ready])
-    pixels = cellsam.encoder_input(cellsam.square(ready, 256), whole.advanced)
+    pixels = cellsam_inputs.encoder_input(cellsam_inputs.square(ready, 256), whole.advanced)
     outside = encoder.load(alone, "reference").forward(pixels[None])[0].numpy()
     assert np.array_equal(inside, outside)
 
@@ -239,11 +254,11 @@ def test_masks_are_resized_as_segment_anything_does(size: tuple[int, int]) -> No
         tensor = functional.interpolate(tensor, length, mode="bilinear", align_corners=False)
     expected = torch.sigmoid(tensor[0, 0]) > 0.4
     labels = np.zeros(size, np.int32)
-    cells._draw(labels, logits, 5, 1024)
+    paint._draw(labels, logits, 5, 1024)
     assert set(np.unique(labels)) <= {0, 5}
     assert ((labels == 5) != expected.numpy()).mean() <= 1e-4  # a pixel whose logit is the threshold
     nothing = np.zeros(size, np.int32)
-    cells._draw(nothing, np.full((256, 256), -9, np.float32), 5, 1024)
+    paint._draw(nothing, np.full((256, 256), -9, np.float32), 5, 1024)
     assert not nothing.any()
 
 
@@ -253,7 +268,7 @@ def test_holes_are_filled_and_specks_dropped() -> None:
     labels[5:7, 5:7] = 0
     labels[20:23, 20:23] = 4  # 9 pixels
     labels[30:38, 30:38] = 9
-    assert cells._tidy(labels).tolist() == [3, 9]
+    assert paint._tidy(labels).tolist() == [3, 9]
     assert [(labels == number).sum() for number in (1, 2)] == [100, 64]
     assert labels.max() == 2
 
@@ -261,7 +276,7 @@ def test_holes_are_filled_and_specks_dropped() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 0.9))
 def test_holes_are_those_of_scipy(seed: int, height: int, width: int, share: float) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < share
-    assert np.array_equal(cells._filled(mask), ndimage.binary_fill_holes(mask))
+    assert np.array_equal(paint._filled(mask), ndimage.binary_fill_holes(mask))
 
 
 def drawn(labels: np.ndarray) -> Cells:
@@ -283,13 +298,13 @@ def test_tiles_join_to_the_whole(seed: int, block: int, overlap: int, height: in
         whole[y : y + side, x : x + side] = number
     whole = _renumbered(whole)
     options = Options(block_size=block, overlap=overlap, iou_threshold=0.5)
-    places = cells.tiles((height, width), options)
+    places = seams.tiles((height, width), options)
     covered = np.zeros((height, width), int)
     for place in places:
         covered[place.core] += 1
     assert (covered == 1).all()
     parts = [drawn(_renumbered(whole[place.seen])) for place in places]
-    found = cells.joined(parts, places, (height, width), 0.5)
+    found = seams.joined(parts, places, (height, width), options)
     assert (found.labels > 0).tolist() == (whole > 0).tolist()
     pairs = {(int(a), int(b)) for a, b in zip(whole.ravel(), found.labels.ravel(), strict=True) if a}
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(found)
@@ -316,7 +331,46 @@ def test_an_image_in_tiles(nano: Path) -> None:
     )
     assert len(found) > 1
     gauged = model.segment(image, replace(options, gauge_cell_size=True))
-    small = np.median(made.areas) < cells.SMALL * found.labels.size
+    small = np.median(made.areas) < seams.SMALL * found.labels.size
     whole = model.segment(image, replace(options, use_wsi=False))
     assert np.array_equal(gauged.labels, (found if small else whole).labels)
     assert not np.array_equal(found.labels, whole.labels)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(65, 300), st.integers(65, 300))
+def test_a_tile_that_failed_is_a_hole(seed: int, height: int, width: int) -> None:
+    """What lies in other tiles is as it is there; nothing is where the failed one has its core."""
+    rng = np.random.default_rng(seed)
+    whole = (ndimage.zoom(rng.integers(0, 40, (5, 5)), (height / 5, width / 5), order=0)).astype(np.int32)
+    whole = _renumbered(whole)
+    options = Options(block_size=64, overlap=16)
+    places = seams.tiles(whole.shape, options)
+    missing = int(rng.integers(len(places)))
+    parts = [None if index == missing else drawn(_renumbered(whole[place.seen])) for index, place in enumerate(places)]
+    running = seams.Seams(places, options)
+    found = [cell for part in parts for cell in running.add(part)]
+    assert not running.groups
+    labels = seams.labelled(found, whole.shape).labels
+    expected = whole > 0
+    expected[places[missing].core] = False
+    assert np.array_equal(labels > 0, expected)
+    made = cell_masks.outlined(found, whole.shape)
+    assert np.array_equal(masks.label_map(made.counts, made.areas.tolist(), range(1, len(made) + 1), made.size), labels)
+
+
+def test_compat_tiles_are_cellsams(small: CellSAM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles, with the opposite edge beyond the border, joined as it joins them."""
+    image, options = IMAGES[cellsam_oracle.ANSWERED][: cellsam_oracle.TILED_ROWS], cellsam_oracle.TILES
+    count = cellsam_oracle.TILE_BOXES
+    monkeypatch.setattr(Boxes, "above", lambda own, _: Boxes(own.boxes[:count], own.scores[:count]))
+    found = small.segment(image, options)
+    assert set(found.masks().counts) == set(GOLDEN[cellsam_oracle.ANSWERED]["tiled"])
+    with pytest.raises(InvalidInput, match="compat needs a whole image"):
+        cellsam.Pixels(Windowed(), options)
+
+
+class Windowed:
+    size = 10, 10
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        raise AssertionError("it is not to be read")

@@ -483,7 +483,7 @@ TENSORS = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_state_with_anything_wrong_is_refused_in_one_printable_line(data: st.DataObject, nano: State) -> None:
     """A tensor of any shape in place of one of the model's, or an absurd name beside them."""
@@ -500,7 +500,7 @@ def test_a_state_with_anything_wrong_is_refused_in_one_printable_line(data: st.D
     message.encode()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_damaged_file_is_refused_or_read(data: st.DataObject) -> None:
     """Bytes overwritten anywhere: what is read is tensors, or InvalidCheckpoint."""

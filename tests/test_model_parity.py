@@ -162,7 +162,7 @@ def test_a_batch_of_many_sizes_is_as_one_by_one(nano: tuple[SamPredictor, Encode
         assert relative(embedding, predictor.features[0]) <= SAME, image.shape
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 700), st.integers(1, 700))
 def test_any_size(nano: tuple[SamPredictor, Encoder, Decoder], height: int, width: int) -> None:
     predictor, ours, _ = nano
@@ -172,7 +172,7 @@ def test_any_size(nano: tuple[SamPredictor, Encoder, Decoder], height: int, widt
     assert relative(ours.encode([preprocess.resize(image, 256).pixels]), predictor.features) <= SAME
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_prompts(nano: tuple[SamPredictor, Encoder, Decoder], data: st.DataObject) -> None:
     predictor, _, ours = nano

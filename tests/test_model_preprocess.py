@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import time
 import tracemalloc
@@ -286,6 +287,47 @@ def test_real_files_of_every_kind(sample_images: Path) -> None:
     assert_near(decode((sample_images / "multipage_rgb.tif").read_bytes()), stretched(np.moveaxis(planar, 0, -1)))
 
 
+# Samples as they are kept
+
+KEPT = {
+    "grey": (pillow(GREY, "PNG"), GREY[..., None]),
+    "bilevel": (pillow(Image.fromarray(GREY > 99), "PNG"), ((GREY > 99) * np.uint8(255))[..., None]),
+    "rgb": (pillow(RGB, "PNG"), RGB),
+    "uint16.png": (pillow(DEEP, "PNG"), DEEP[..., None]),
+    "uint16.tif": (pillow(DEEP, "TIFF"), DEEP[..., None]),
+    "big-endian.tif": (tiff(DEEP, byteorder=">"), DEEP[..., None]),
+    "int32.tif": (tiff(scaled("int32"), byteorder=">", compression="zlib"), scaled("int32")[..., None]),
+    "float32.tif": (tiff(scaled("float32")), scaled("float32")[..., None]),
+    "float64.tif": (tiff(scaled("float64")), scaled("float64")[..., None]),
+    "two.tif": (scientific(CHANNELS[..., :2], True), CHANNELS[..., :2]),
+    "deep-two.tif": (scientific(CHANNELS[..., :2].astype(np.uint16), False), CHANNELS[..., :2].astype(np.uint16)),
+    "six.tif": (scientific(CHANNELS.astype(np.float32), False), CHANNELS[..., :3].astype(np.float32)),
+    "turned.tif": (tiff(DEEP, extratags=[(274, "H", 1, 6, True)]), np.rot90(DEEP, -1)[..., None]),
+    "palette": (pillow(Image.fromarray(GREY).convert("P"), "PNG"), three(GREY)),
+    "alpha": (pillow(np.dstack([GREY, np.full_like(GREY, 255)]), "PNG"), three(GREY)),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_samples_are_as_the_file_keeps_them_and_decode_stretches_them(name: str) -> None:
+    data, expected = KEPT[name]
+    found = preprocess.samples(data, LIMIT)
+    assert found.dtype == expected.dtype
+    assert found.dtype.isnative
+    assert found.flags.c_contiguous
+    assert np.array_equal(found, expected)
+    assert np.array_equal(decode(data), preprocess.stretch(expected))
+    assert np.array_equal(preprocess.prepare(data, 31, LIMIT).pixels, decode(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"II*\0", tiff(np.full((9, 9), np.nan, np.float32))])
+def test_samples_raise_what_decode_does(data: bytes) -> None:
+    with pytest.raises(CellrayError) as expected:
+        preprocess.decode(data, LIMIT)
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value))):
+        preprocess.samples(data, LIMIT)
+
+
 # What is refused
 
 
@@ -414,7 +456,7 @@ def seeds() -> list[bytes]:
     return [*kinds, scientific(CHANNELS.astype(np.float64), True), scientific(CHANNELS, False)]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_files_raise_nothing_else(seeds: list[bytes], data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(seeds)))
@@ -424,7 +466,7 @@ def test_damaged_files_raise_nothing_else(seeds: list[bytes], data: st.DataObjec
     outcome(bytes(content[: data.draw(st.one_of(st.none(), place))]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=400), st.sampled_from([b"", b"II*\0", b"MM\0*", b"\xff\xd8\xff", b"GIF89a"]))
 def test_bytes_of_nothing_raise_nothing_else(data: bytes, start: bytes) -> None:
     outcome(start + data)
@@ -447,7 +489,7 @@ def test_input_size_is_segment_anythings(height: int, width: int, image_size: in
     assert max(found) == image_size
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 600), st.integers(1, 600), st.sampled_from([64, 256]))
 def test_resize_is_segment_anythings(height: int, width: int, image_size: int) -> None:
     transform = ResizeLongestSide(image_size)
@@ -470,7 +512,7 @@ def test_coordinates_are_segment_anythings(height: int, width: int, seed: int) -
     assert np.array_equal(found, transform.apply_coords(points, (height, width)).astype(np.float32))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 256), st.booleans(), st.integers(0, 99))
 def test_normalise_is_segment_anythings(sam: Sam, short: int, upright: bool, seed: int) -> None:
     shape = (256, short, 3) if upright else (short, 256, 3)

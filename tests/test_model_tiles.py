@@ -52,7 +52,7 @@ def test_tiles_cover_the_image_and_overlap(height: int, width: int, tile: int, d
         assert all(first + side - second >= overlap for first, second in pairwise(starts))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.integers(0, 13), st.integers(0, 9), st.integers(3, 14)),

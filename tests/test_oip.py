@@ -564,7 +564,7 @@ def test_small_messages_that_would_be_large_in_memory_are_refused() -> None:
 FRAMES = st.tuples(st.integers(-4, 4), st.integers(-40, 40), st.integers(-40, 40))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(frame=FRAMES, datatype=st.sampled_from(["BYTES", "UINT8", "FP16", "XX"]), shape=st.lists(st.integers(-1, 3)))
 def test_broken_framing_is_never_our_fault(
     app: App, frame: tuple[int, int, int], datatype: str, shape: list[int]

@@ -55,7 +55,7 @@ def test_the_same_bytes_in_another_process_without_the_processor_s_vector_units(
     assert printed.stdout.splitlines() == digests()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**40),
     size=st.tuples(st.integers(16, 160), st.integers(16, 160)),

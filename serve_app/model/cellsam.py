@@ -1,7 +1,7 @@
 """Pixels as CellSAM wants them, step by step, and the thresholds that it was tuned with.
 
-An image goes through `prepare` once, in its own size. What the image encoder and the detector are given is made of that
-in the square input, each in its own way: `encoder_input`, `detector_input`.
+An image goes through `Pixels`, tile by tile, in its own size. What the image encoder and the detector are given is made
+of that in `cellsam_inputs`.
 
 Source of all steps and numbers: CellSAM (vanvalenlab/cellSAM, 2025-11), as read and as run beside this.
 """
@@ -9,23 +9,19 @@ Source of all steps and numbers: CellSAM (vanvalenlab/cellSAM, 2025-11), as read
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from cluster.errors import InvalidImage, InvalidInput, InvalidSettings
-from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
+from serve_app.model.preprocess import Size
 
 PREPROCESS = "cellsam-1"
 CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
 BRIGHTEST = 99.9  # percentile of a channel's pixels above 0; what is brighter is cut off
 KERNEL = 128  # pixels: contrast is equalised over squares of this
-INPUT_BRIGHTEST = 99.5  # percentile of the square input's values above 0
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EPSILON = 1e-6
+BLOCK_SIZES = 64, 4096  # pixels
+BAND = 512  # rows of an image in windows that are looked at together
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ class Options:
     use_wsi: cut images that are larger than `block_size` into tiles of that many pixels a side, each seen with
         `overlap` more on all sides; parts of a cell join where they overlap by an IoU of `iou_threshold` or more.
     gauge_cell_size: after the tiles, images whose median cell is not small are done again as a whole.
+    compat: as `cellsam_pipeline` does it where we do better: tiles at the border see the opposite edge beyond it, of
+        images that fit a block too; without tiles bbox_threshold is 0.4 whatever is given.
     """
 
     bbox_threshold: float = 0.4
@@ -46,6 +44,7 @@ class Options:
     block_size: int = 400
     overlap: int = 56
     iou_threshold: float = 0.5
+    compat: bool = False
 
     def check(self) -> None:
         """Raises InvalidInput: names the first that is out of its range."""
@@ -53,28 +52,100 @@ class Options:
             raise InvalidInput(f"bbox_threshold is {self.bbox_threshold:g}; expected 0 to 1")
         if not 0 < self.iou_threshold <= 1:
             raise InvalidInput(f"iou_threshold is {self.iou_threshold:g}; expected above 0, at most 1")
-        if not 64 <= self.block_size <= 4096:
-            raise InvalidInput(f"block_size is {self.block_size}; expected 64 to 4096 pixels")
+        least, most = BLOCK_SIZES
+        if not least <= self.block_size <= most:
+            raise InvalidInput(f"block_size is {self.block_size}; expected {least} to {most} pixels")
         if not 0 <= self.overlap <= self.block_size // 2:
             raise InvalidInput(f"overlap is {self.overlap}; expected 0 to half of block_size, {self.block_size // 2}")
 
 
-def channels(image: np.ndarray) -> np.ndarray:
-    """[h, w] grey, or [h, w, C] with C from 1 to 3, of any number type → [h, w, 3] float32, each channel from 0 to 1 by
-    its own minimum and maximum. Grey is the last channel; of two, the first are nuclei and the second whole cells.
+class Windows(Protocol):
+    """An image that is read part by part."""
+
+    @property
+    def size(self) -> Size:
+        """(height, width)."""
+        ...
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """[h, w] or [h, w, 1 to 3] of any number type."""
+        ...
+
+
+class Pixels:
+    """An image's pixels as `normalise` gives them, tile by tile. `size` is (height, width); `bbox_threshold` that of
+    the options, or what `enhance` takes in its place."""
+
+    def __init__(self, image: np.ndarray | Windows, options: Options) -> None:
+        """image: as `channels` has it; or one to be read in windows, of which no more than BAND rows are held.
+
+        Raises:
+            InvalidImage: of another shape, or not finite. InvalidInput: an option is out of its range, or it needs an
+                image in windows as a whole.
+        """
+        options.check()
+        self.image, self.bbox_threshold = image, options.bbox_threshold
+        if options.compat and not options.use_wsi:
+            self.bbox_threshold = Options.bbox_threshold
+        if isinstance(image, np.ndarray):
+            self.size: Size = image.shape[:2] if image.ndim >= 2 else (0, 0)
+            self.extremes = extremes(image)
+            if options.low_contrast_enhancement:
+                self.image, threshold = enhance(channels(image, self.extremes))
+                self.extremes = np.array([[0, 1]] * CHANNELS, np.float32)
+                self.bbox_threshold = options.bbox_threshold if threshold is None else threshold
+            return
+        if options.low_contrast_enhancement:
+            raise InvalidInput("low_contrast_enhancement looks at a whole image, and this one is too large for it")
+        if options.compat:
+            raise InvalidInput("compat needs a whole image, and this one is too large for it")
+        self.size = image.size
+        height, width = self.size
+        bands = (slice(start, min(start + BAND, height)) for start in range(0, height, BAND))
+        found = np.array([extremes(image.read(band, slice(0, width))) for band in bands])
+        self.extremes = np.stack([found[..., 0].min(0), found[..., 1].max(0)], 1)
+
+    @property
+    def whole(self) -> tuple[slice, slice]:
+        return slice(0, self.size[0]), slice(0, self.size[1])
+
+    def tile(self, place: tuple[slice, slice]) -> np.ndarray:
+        """[h, w, 3] float32 in 0–1. What lies beyond an edge is read from the opposite one."""
+        if not isinstance(self.image, np.ndarray):
+            seen = self.image.read(*place)
+        elif any(one.start < 0 or one.stop > side for one, side in zip(place, self.size, strict=True)):
+            y, x = (np.arange(one.start, one.stop) % side for one, side in zip(place, self.size, strict=True))
+            seen = self.image[np.ix_(y, x)]
+        else:
+            seen = self.image[place]
+        return normalise(channels(seen, self.extremes))
+
+
+def extremes(image: np.ndarray) -> np.ndarray:
+    """An image as `channels` has it → [3, 2] float32, the least and greatest value of each channel. Raises as that."""
+    planes = image[..., None] if image.ndim == 2 else image
+    if planes.ndim != 3 or not 1 <= planes.shape[2] <= CHANNELS or 0 in planes.shape or planes.dtype.kind not in "buif":
+        raise InvalidImage(f"expected [h, w] or [h, w, 1 to 3] numbers, found {list(image.shape)} {image.dtype}")
+    found = np.zeros((CHANNELS, 2), np.float32)
+    found[CHANNELS - planes.shape[2] :] = np.stack([planes.min((0, 1)), planes.max((0, 1))], 1)
+    if not np.isfinite(found).all():
+        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
+    return found
+
+
+def channels(image: np.ndarray, between: np.ndarray | None = None) -> np.ndarray:
+    """[h, w] grey, or [h, w, C] with C from 1 to 3, of any number type → [h, w, 3] float32, each channel from 0 to 1
+    `between` its own minimum and maximum, or those that are given, as `extremes` has them for what this is a part of.
+    Grey is the last channel; of two, the first are nuclei and the second whole cells.
 
     Raises:
         InvalidImage: of another shape, or with values that are not finite.
     """
+    between = extremes(image) if between is None else between
     planes = image[..., None] if image.ndim == 2 else image
-    if planes.ndim != 3 or not 1 <= planes.shape[2] <= CHANNELS or 0 in planes.shape or planes.dtype.kind not in "buif":
-        raise InvalidImage(f"expected [h, w] or [h, w, 1 to 3] numbers, found {list(image.shape)} {image.dtype}")
-    if not np.isfinite(planes).all():
-        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
     placed = np.zeros((*planes.shape[:2], CHANNELS), np.float32)
     placed[..., CHANNELS - planes.shape[2] :] = planes
-    for index in range(CHANNELS):
-        low, high = placed[..., index].min(), placed[..., index].max()
+    for index, (low, high) in enumerate(between):
         if high > low:
             placed[..., index] = (placed[..., index] - low) / (high - low)
     return placed
@@ -132,58 +203,6 @@ def _exposure() -> Any:
     except ImportError as error:
         raise InvalidSettings("CellSAM's pixels need scikit-image: pip install 'cellray[cellsam]'") from error
     return exposure
-
-
-def square(image: np.ndarray, size: int, device: str = "cpu") -> Tensor:
-    """[h, w, 3] float32 in 0–1 → [3, size, size], whatever its aspect: bilinear, with antialiasing."""
-    pixels = torch.tensor(image, dtype=torch.float32, device=device).permute(2, 0, 1)
-    if pixels.shape[1:] == (size, size):
-        return pixels
-    return functional.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
-
-
-def encoder_input(pixels: Tensor, advanced: bool) -> Tensor:
-    """[3, S, S] float32 of `square` → the image encoder's input."""
-    above = pixels[pixels != 0]
-    if above.numel():
-        low, high = above.min(), _percentile(above, INPUT_BRIGHTEST)
-        if high > low:
-            pixels = (pixels.clamp(low, high) - low) / (high - low)
-    if advanced:
-        pixels = _standardised(pixels)
-    return _shifted(pixels, [value / 255 for value in PIXEL_MEAN], [value / 255 for value in PIXEL_STD])
-
-
-def detector_input(pixels: Tensor, advanced: bool) -> Tensor:
-    """[3, S, S] float32 of `square` → the detector's input."""
-    levels = (pixels * 255).to(torch.uint8).float()
-    shifted = _shifted(levels, PIXEL_MEAN, PIXEL_STD)
-    if not advanced:
-        return shifted
-    made = _standardised(shifted)
-    if made[1].max() == 0:  # without nuclei, cells are shown twice, and the other way round
-        made[1] = made[2]
-    if made[2].max() == 0:
-        made[2] = made[1]
-    return made
-
-
-def _standardised(pixels: Tensor) -> Tensor:
-    """Each channel from 0 to 1."""
-    shifted = _shifted(pixels, IMAGENET_MEAN, IMAGENET_STD)
-    low, high = shifted.amin((1, 2), keepdim=True), shifted.amax((1, 2), keepdim=True)
-    return (shifted - low) / (high - low + EPSILON)
-
-
-def _shifted(pixels: Tensor, mean: Any, std: Any) -> Tensor:
-    centre, spread = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
-    return (pixels - centre) / spread
-
-
-def _percentile(values: Tensor, percent: float) -> Tensor:
-    if values.is_cuda:
-        return torch.quantile(values, percent / 100)
-    return torch.tensor(np.percentile(values.numpy(), percent), dtype=values.dtype)  # ten times as fast as sorting
 
 
 def threshold(scores: np.ndarray, bbox_threshold: float) -> float:

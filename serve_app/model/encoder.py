@@ -3,7 +3,6 @@ stand beside it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidImage, InvalidSettings
-from serve_app.model import checkpoint
+from cluster.errors import CellrayError, InvalidEmbedding, InvalidImage, InvalidSettings
+from serve_app.model import batched, checkpoint
 from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
-
-log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -166,30 +163,18 @@ def embed(
         InvalidEmbedding: the encoder answered with numbers that `dtype` cannot hold.
     """
     size = encoder.card.architecture.image_size
-    results: list[np.ndarray | CellrayError] = [_problem(image, size) for image in images]  # type: ignore[misc]
-    good = [index for index, problem in enumerate(results) if problem is None]
-    for start in range(0, len(good), max_batch):
-        chosen = good[start : start + max_batch]
-        for index, answer in zip(chosen, _encode(encoder, [images[index] for index in chosen], dtype), strict=True):
-            results[index] = answer
-    return results
+    return batched.answers(
+        images, lambda image: _problem(image, size), lambda some: held(encoder.encode(some), dtype), max_batch
+    )
 
 
-def _encode(encoder: Encoder, images: list[np.ndarray], dtype: str) -> list[np.ndarray | CellrayError]:
-    try:
-        embeddings = encoder.encode(images).to(getattr(torch, dtype))
-    except RuntimeError:  # out of memory, mostly
-        log.exception(f"the encoder failed on a batch of {len(images)}")
-        embeddings = None
-    if embeddings is None:  # one by one, so that good neighbours are answered; here the failed batch's memory is free
-        if len(images) > 1:
-            return [answer for image in images for answer in _encode(encoder, [image], dtype)]
-        return [Internal("the encoder failed on this image; the replica's log has the cause")]
+def held(embeddings: torch.Tensor, dtype: str) -> list[np.ndarray | CellrayError]:
+    """[B, C, g, g] → [C, g, g] of `dtype` each, or InvalidEmbedding where it cannot hold the numbers."""
+    embeddings = embeddings.to(getattr(torch, dtype))
     finite = torch.isfinite(embeddings).flatten(1).all(1).tolist()
-    answers = zip(embeddings.cpu().numpy(), finite, strict=True)
     return [
         array.copy() if ok else InvalidEmbedding(f"the encoder's output is not finite in {dtype}")
-        for array, ok in answers
+        for array, ok in zip(embeddings.cpu().numpy(), finite, strict=True)
     ]
 
 

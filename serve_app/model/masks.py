@@ -10,9 +10,10 @@ import numpy as np
 from pycocotools import mask as coco
 
 from cluster.errors import InvalidInput
+from serve_app.model import rle
 from serve_app.model.preprocess import Size
+from serve_app.model.rle import Texts
 
-MAX_RUN_CHARACTERS = 7  # 35 bits: more than any run of a 32-bit mask
 ENDLESS = 1 << 60  # pixels
 
 
@@ -74,6 +75,11 @@ def encode(masks: np.ndarray) -> list[str]:
     return [rle["counts"].decode() for rle in encoded]
 
 
+def encode_at(mask: np.ndarray, corner: tuple[int, int], size: Size) -> str:
+    """[h, w] bool, whose upper left pixel is `corner` (y, x) of an image of `size` → its RLE in that image."""
+    return _placed(encode(mask[None])[0], mask.shape[0], corner[1], corner[0], size)
+
+
 def decode(counts: list[str], size: Size) -> np.ndarray:
     """Compressed COCO RLE strings → [N, height, width] bool.
 
@@ -87,51 +93,23 @@ def decode(counts: list[str], size: Size) -> np.ndarray:
 
 def label_map(counts: list[str], areas: Sequence[int], labels: Sequence[int], size: Size) -> np.ndarray:
     """[height, width] uint16, or uint32 from label 65,536 on: the label of the smallest mask at each pixel, and 0."""
-    plane = np.zeros(size, np.uint16 if max(labels, default=0) < 1 << 16 else np.uint32)
-    for index in sorted(range(len(counts)), key=lambda index: -areas[index]):
-        (mask,) = decode([counts[index]], size)
-        plane[mask] = labels[index]
+    dtype = np.uint16 if max(labels, default=0) < 1 << 16 else np.uint32
+    (plane,) = rle.bands(Texts.of(counts), np.asarray(areas, np.int64), np.asarray(labels, np.int64), size, dtype)
     return plane
 
 
 def areas_and_boxes(counts: list[str], size: Size) -> tuple[np.ndarray, np.ndarray]:
     """RLE strings → ([N] int64 areas, [N, 4] float32 xywh boxes). Raises as `decode`."""
-    if not counts:
-        return np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
-    rles = _checked(counts, size)
-    return coco.area(rles).astype(np.int64), coco.toBbox(rles).astype(np.float32)
+    areas, boxes = rle.extents(Texts.of(counts), size)
+    return areas, boxes.astype(np.float32)
 
 
 def _checked(counts: list[str], size: Size) -> list[dict[str, Any]]:
     """As pycocotools takes them. It trusts what it gets, and reads and writes past the end of an RLE that is cut."""
-    for text in counts:
-        if not _covers(text, size[0] * size[1]):
-            raise InvalidInput(f"not a COCO RLE of {size[0]} × {size[1]} pixels: {text[:20]!r}")
+    sound = rle.covered(Texts.of(counts), size)
+    if not sound.all():
+        raise InvalidInput(f"not a COCO RLE of {size[0]} × {size[1]} pixels: {counts[int(sound.argmin())][:20]!r}")
     return [{"size": list(size), "counts": text.encode()} for text in counts]
-
-
-def _covers(text: str, pixels: int) -> bool:
-    """Whether `text` is a compressed RLE of exactly that many pixels."""
-    runs = _runs(text)
-    return runs is not None and bool(runs.min() >= 0 and runs.sum() == pixels)
-
-
-def _runs(text: str) -> np.ndarray | None:
-    """A compressed RLE's runs, off and on in turn: little-endian groups of 5 bits and a continuation bit, a sign in
-    each last one, from the third run on as differences to the run before last (COCO's `rleToString`). None for a text
-    that is no such thing."""
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return None
-    ends = np.flatnonzero(codes & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > MAX_RUN_CHARACTERS:
-        return None
-    place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((codes & 31) << place, starts) - np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return runs
 
 
 def place(found: MaskSet, corner: tuple[int, int], size: Size) -> MaskSet:
@@ -145,8 +123,7 @@ def place(found: MaskSet, corner: tuple[int, int], size: Size) -> MaskSet:
 
 def _placed(text: str, height: int, x: int, y: int, size: Size) -> str:
     """An RLE of columns of `height` pixels as one of an image: each stretch of pixels is cut where a column ends."""
-    runs = _runs(text)
-    assert runs is not None
+    runs, _, _ = rle.runs(Texts.of([text]))
     pixels = size[0] * size[1]
     if height == size[0]:
         height = pixels  # nothing to cut: columns lie in the image as they are

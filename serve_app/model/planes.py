@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from mmap import mmap
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
@@ -43,12 +45,12 @@ def channels(text: str) -> Channels:
 
 
 class Stack:
-    """An image file to be read plane by plane, not by several threads at a time.
+    """An image file, in memory or mapped, to be read plane by plane, not by several threads at a time.
 
     depths: (z, t), how many focal planes and time points it has.
     """
 
-    def __init__(self, data: bytes, max_pixels: int) -> None:
+    def __init__(self, data: bytes | mmap, max_pixels: int) -> None:
         """Raises what `preprocess.decode` does; and UnsupportedImage where planes are in no known order."""
         self.data, self.max_pixels = data, max_pixels
         self.file: Any = None
@@ -59,7 +61,7 @@ class Stack:
         import tifffile
 
         try:
-            self.file = tifffile.TiffFile(io.BytesIO(data))
+            self.file = tifffile.TiffFile(io.BytesIO(data) if isinstance(data, bytes) else cast(Any, data))
             self.series = self.file.series[0]
             inner = self.series.keyframe.axes
             self.axes = "".join("Z" if axis in UNNAMED else axis for axis in self.series.axes.removesuffix(inner))
@@ -92,54 +94,68 @@ class Stack:
             raise InvalidImage(f"the TIFF's metadata is damaged: {error}") from error
 
     def plane(self, z: int, t: int, chosen: Channels) -> np.ndarray:
-        """[height, width, 3] uint8 RGB.
+        """[height, width, 3] uint8 RGB. Raises as `samples`."""
+        found, colours = self._channels(z, t, chosen), tuple(colour for colour, _ in chosen)
+        if colours:
+            made = coloured(colours, [preprocess.stretched(channel) for channel in found])
+            return np.repeat(made, 3, axis=2) if made.shape[2] == 1 else made
+        return preprocess.stretch(np.concatenate(found, axis=2))
+
+    def samples(self, z: int, t: int, chosen: Channels) -> np.ndarray:
+        """[height, width, 1 to 3] of the type that they are kept in: of chosen channels those that are grey alone, or
+        as colours; else the first three.
 
         Raises:
             InvalidImage, TooLarge, UnsupportedImage: as `preprocess.decode`; and there is no such plane or channel.
         """
-        for name, place, depth in zip("zt", (z, t), self.depths, strict=True):
-            if place >= depth:
-                raise InvalidImage(f"the image has {depth} planes along {name}, none of number {place} (from 0 on)")
+        found, colours = self._channels(z, t, chosen), tuple(colour for colour, _ in chosen)
+        made = coloured(colours, found) if colours else np.concatenate(found, axis=2)
+        preprocess.check_finite(made)
+        return made
+
+    def places(self, z: int, t: int, chosen: Channels) -> list[tuple[Any, int]]:
+        """(page, sample) of each chosen channel of a TIFF's plane, else of the first three. Raises as `samples`."""
+        self._check(z, t)
+        samples = int(self.series.keyframe.samplesperpixel)
+        count = self._depth("C") * samples
+        indices = [self._index(name, count) for _, name in chosen] or range(min(count, 3))
+        made: list[tuple[Any, int]] = []
+        for at, sample in (divmod(index, samples) for index in indices):
+            place = {"Z": z, "T": t, "C": at}
+            number = int(np.ravel_multi_index([place[axis] for axis in self.axes], self.shape)) if self.axes else 0
+            page = self.series.pages[number]
+            if page is None:
+                raise InvalidImage("the plane is in another file of its OME-TIFF")
+            made.append((page, sample))
+        return made
+
+    def _channels(self, z: int, t: int, chosen: Channels) -> list[np.ndarray]:
+        """[h, w, 1] of each chosen channel, else of the first three."""
         if self.file is None:
-            pixels = preprocess.decode(self.data, self.max_pixels)
-            return self._coloured(lambda index: pixels[..., index], pixels.shape[2], chosen) if chosen else pixels
+            self._check(z, t)
+            pixels = preprocess.samples(bytes(self.data), self.max_pixels)
+            pixels = np.repeat(pixels, 3, axis=2) if chosen and pixels.shape[2] == 1 else pixels
+            indices = [self._index(name, pixels.shape[2]) for _, name in chosen] or range(pixels.shape[2])
+            return [pixels[..., index : index + 1] for index in indices]
+        read: dict[int, np.ndarray] = {}
+        made = []
         try:
-            return self._pages(z, t, chosen)
+            for page, sample in self.places(z, t, chosen):
+                if page.offset not in read:
+                    read[page.offset] = preprocess.page_pixels(self.file, page, self.max_pixels)
+                made.append(read[page.offset][..., sample : sample + 1])
         except CellrayError:
             raise
         except Exception as error:
             raise InvalidImage(f"the TIFF is damaged, or compressed in a way not read here: {error}") from error
+        if len({channel.shape for channel in made}) > 1:
+            raise InvalidImage("the TIFF's channels are of several sizes")
+        return made
 
-    def _pages(self, z: int, t: int, chosen: Channels) -> np.ndarray:
-        read: dict[int, np.ndarray] = {}
-        samples = int(self.series.keyframe.samplesperpixel)
-
-        def channel(index: int) -> np.ndarray:
-            """[h, w]: of the pages of this plane, each with some samples."""
-            at, sample = divmod(index, samples)
-            if at not in read:
-                place = {"Z": z, "T": t, "C": at}
-                number = int(np.ravel_multi_index([place[axis] for axis in self.axes], self.shape)) if self.axes else 0
-                page = self.series.pages[number]
-                if page is None:
-                    raise InvalidImage("the plane is in another file of its OME-TIFF")
-                read[at] = preprocess.page_pixels(self.file, page, self.max_pixels)
-            return read[at][..., sample]
-
-        count = self._depth("C") * samples
-        if chosen:
-            return self._coloured(channel, count, chosen)
-        return preprocess.stretch(np.stack([channel(index) for index in range(min(count, 3))], axis=-1))
-
-    def _coloured(self, channel: Any, count: int, chosen: Channels) -> np.ndarray:
-        planes = {colour: preprocess.stretched(channel(self._index(name, count))) for colour, name in chosen}
-        if GREY in planes:
-            return np.repeat(planes[GREY][..., None], 3, axis=2)
-        first = next(iter(planes.values()))
-        pixels = np.zeros((*first.shape, 3), np.uint8)
-        for colour, plane in planes.items():
-            pixels[..., COLOURS[colour]] = plane
-        return pixels
+    def _check(self, z: int, t: int) -> None:
+        for name, place, depth in zip("zt", (z, t), self.depths, strict=True):
+            if place >= depth:
+                raise InvalidImage(f"the image has {depth} planes along {name}, none of number {place} (from 0 on)")
 
     def _index(self, name: str, count: int) -> int:
         if name in self.names:
@@ -148,3 +164,13 @@ class Stack:
             return int(name)
         named = f", named {', '.join(self.names)}" if any(self.names) else ""
         raise InvalidImage(f"the image has no channel {name}; it has {count}, from 0 on{named}")
+
+
+def coloured(colours: Sequence[str], channels: Sequence[np.ndarray]) -> np.ndarray:
+    """[h, w, 1] each → as they are called: the one that is grey, or [h, w, 3] with 0 in a colour that none is."""
+    if GREY in colours:
+        return channels[colours.index(GREY)]
+    made = np.zeros((*channels[0].shape[:2], 3), np.result_type(*channels))
+    for colour, channel in zip(colours, channels, strict=True):
+        made[..., COLOURS[colour]] = channel[..., 0]
+    return made

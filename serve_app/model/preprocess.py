@@ -17,6 +17,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -65,16 +66,28 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         UnsupportedImage: of no format in FORMATS.
         InvalidImage: damaged, cut short, or with values that are not finite.
     """
-    return np.ascontiguousarray(np.asarray(_decoded(data, max_pixels)))
+    return stretch(samples(data, max_pixels))
+
+
+def samples(data: bytes, max_pixels: int) -> np.ndarray:
+    """Image file bytes → [height, width, 1 to 3] of the type that they are kept in, by the rules above but for the
+    stretching: grey is one channel, and two stay two. Raises as `decode`."""
+    pixels = np.asarray(_decoded(data, max_pixels))
+    pixels = (pixels[..., None] if pixels.ndim == 2 else pixels)[..., :3]
+    check_finite(pixels)
+    return np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
 
 
 def prepare(data: bytes, image_size: int, max_pixels: int) -> ModelImage:
     """`resize` of `decode`, without a copy of the pixels between them. Raises as `decode`."""
-    return resize(_decoded(data, max_pixels), image_size)
+    found = _decoded(data, max_pixels)
+    if isinstance(found, np.ndarray):
+        return resize(stretch(found), image_size)
+    return resize(found if found.mode == "RGB" else found.convert("RGB"), image_size)
 
 
 def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
-    """An RGB image, or its pixels as `decode` gives them."""
+    """A grey or RGB image of 8 bits, or [h, w, C] pixels of any type."""
     if not data:
         raise InvalidImage("the file is empty")
     if data[:4] in TIFFS:
@@ -84,7 +97,7 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image | np.ndarray:
             check_size(image.width, image.height, max_pixels)
             if image.format == "TIFF" and not _pillow_keeps(image):
                 return _decode_tiff(data, max_pixels)
-            return _to_rgb8(image)
+            return _upright_image(image)
     except CellrayError:
         raise
     except UnidentifiedImageError as error:
@@ -106,10 +119,10 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise InvalidImage(f"the image has {width} × {height} pixels: longer than {MAX_ASPECT} times its short side")
 
 
-def check_layout(data: bytes) -> None:
+def check_layout(data: bytes | mmap) -> None:
     """A TIFF's tiles are not much larger than its page, and its strips not many more than its rows: a decoder would
     allocate such a tile whatever the page's size, and make a list of the strips before that size is known."""
-    tags = _first_page(data)
+    tags = first_page(data)
 
     def number(tag: int, default: int) -> int:
         count, value = tags.get(tag, (1, default))
@@ -129,7 +142,7 @@ def check_layout(data: bytes) -> None:
             raise TooLarge(f"the TIFF has {tags[tag][0]} strips or tiles, and needs {most * samples}")
 
 
-def _first_page(data: bytes) -> dict[int, tuple[int, int]]:
+def first_page(data: bytes | mmap) -> dict[int, tuple[int, int]]:
     """Tag → (how many values, the only one; 0 if that is no whole number), as far as the file can be read: TIFF 6.0,
     page 14. Several values are elsewhere in the file, and not looked at."""
     order, big = "<" if data[:1] == b"I" else ">", 43 in data[2:4]
@@ -153,28 +166,35 @@ def _first_page(data: bytes) -> dict[int, tuple[int, int]]:
 def _pillow_keeps(image: Image.Image) -> bool:
     """Whether Pillow reads a TIFF's samples whole: 8 bits with known channels, or one deep channel."""
     tags = image.tag_v2  # type: ignore[attr-defined]
-    samples, signed = tags.get(SAMPLES_PER_PIXEL, 1), 2 in _tuple(tags.get(SAMPLE_FORMAT, 1))
-    if max(_tuple(tags.get(BITS_PER_SAMPLE, 1))) > 8:
+    samples, signed = tags.get(SAMPLES_PER_PIXEL, 1), 2 in tuple_of(tags.get(SAMPLE_FORMAT, 1))
+    if max(tuple_of(tags.get(BITS_PER_SAMPLE, 1))) > 8:
         known = image.mode == "F" or (image.mode == "I" and signed)
         swapped = tags.prefix == b"MM"  # Pillow swaps big-endian samples of 32 bits once too often when compressed
         return samples == 1 and (image.mode.startswith("I;16") or (known and not swapped))
-    alpha = {1, 2} & {*_tuple(tags.get(EXTRA_SAMPLES, 0))}
+    alpha = {1, 2} & {*tuple_of(tags.get(EXTRA_SAMPLES, 0))}
     return samples != 2 or bool(alpha)
 
 
-def _tuple(value: Any) -> tuple[int, ...]:
+def tuple_of(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _to_rgb8(image: Image.Image) -> Image.Image | np.ndarray:
+def _upright_image(image: Image.Image) -> Image.Image | np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
-        return stretch(np.asarray(image)[..., None])
+        return np.asarray(image)[..., None]
     if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        image = over_black(image)
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def over_black(image: Image.Image) -> Image.Image:
+    """Of any mode with alpha → RGBA."""
+    image = image.convert("LA") if image.mode == "La" else image  # Pillow has no shorter way
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
 
 
 def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
@@ -183,7 +203,7 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            return stretch(page_pixels(file, file.pages.first, max_pixels))
+            return page_pixels(file, file.pages.first, max_pixels)
     except CellrayError:
         raise
     except Exception as error:
@@ -213,7 +233,7 @@ def page_pixels(file: Any, page: Any, max_pixels: int) -> np.ndarray:
     if pixels.ndim != 3 or pixels.dtype.kind not in "buif":
         raise UnsupportedImage(f"a TIFF page of shape {pixels.shape} and type {pixels.dtype}")
     orientation = key.tags.get(ORIENTATION)
-    return _upright(pixels, orientation.value if orientation is not None else 1)
+    return upright(pixels, orientation.value if orientation is not None else 1)
 
 
 def _check_strips(file: Any, page: Any) -> None:
@@ -229,7 +249,7 @@ def _check_strips(file: Any, page: Any) -> None:
             raise InvalidImage(f"a strip of the TIFF holds more than its {size} bytes")
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """[h, w, C] turned as TIFF's Orientation says (TIFF 6.0, page 36)."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
@@ -250,8 +270,7 @@ def stretch(pixels: np.ndarray) -> np.ndarray:
 
 def stretched(pixels: np.ndarray) -> np.ndarray:
     """Of any shape, and integer or float type → uint8. Raises InvalidImage: not all are finite."""
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
+    check_finite(pixels)
     if pixels.dtype == np.uint8:
         return pixels
     values: np.ndarray = pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32)
@@ -261,6 +280,12 @@ def stretched(pixels: np.ndarray) -> np.ndarray:
     scale = 255.0 / (high - low) if high > low else 0.0
     made: np.ndarray = np.clip((values - low) * scale + 0.5, 0, 255).astype(np.uint8)
     return made
+
+
+def check_finite(pixels: np.ndarray) -> None:
+    """Raises InvalidImage."""
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise InvalidImage("the image has values that are not finite (NaN or infinite)")
 
 
 def resize(image: np.ndarray | Image.Image, image_size: int) -> ModelImage:

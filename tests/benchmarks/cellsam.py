@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve_app.model import cellfinder, cells, cellsam, checkpoint
-from serve_app.model.cells import Boxes
+from serve_app.model import cellfinder, cells, cellsam, cellsam_inputs, checkpoint, paint
+from serve_app.model.cell_masks import Boxes
 from tests import cellsam_oracle
 from tests.benchmarks.nano import report
 
@@ -54,7 +54,7 @@ def ours(connection: Connection, folder: Path, dtype: str) -> None:
         (embedding,) = cells.embed(model.encoder, [ready])
         boxed = time.perf_counter()
         chosen = Boxes(found.boxes[:BOXES], found.scores[:BOXES])
-        made = cells.paint(model.decoder, embedding, chosen, (SIDE, SIDE))
+        made = paint.paint(model.decoder, embedding, chosen, (SIDE, SIDE))
         return answer(started, boxed, found.scores, chosen.boxes, embedding, made.labels)
 
     serve(connection, segment, f"{model.encoder.runtime}; {model.detector.runtime}; {model.decoder.runtime}")
@@ -148,8 +148,8 @@ def compare(mine: Answer, peer: Answer) -> dict[str, float]:
 
 def gate(folder: Path, dtype: str) -> dict[str, float]:
     """Detector in `dtype` against float32: how far boxes move, beside torch's own bfloat16 of the same modules."""
-    pixels = cellsam.square(cellsam.normalise(cellsam.channels(picture())), 1024)
-    batch = cellsam.detector_input(pixels, True)[None]
+    pixels = cellsam_inputs.square(cellsam.normalise(cellsam.channels(picture())), 1024)
+    batch = cellsam_inputs.detector_input(pixels, True)[None]
     module = cellfinder.module(folder, checkpoint.ModelCard.read(folder)).prepare()
     with torch.inference_mode():
         exact = module(batch)
