@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENDS = {"|", "||", "&&", ";", "&", "(", ")", ">", ">>", "<"}
+KEYWORDS = ("until", "do", "done")
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*$")
 FILE = re.compile(r"(deploy|tests|serve_app|cluster|jobs)/[\w./-]+\.\w+|Makefile|constraints\.txt")
 # What `kubectl` and `helm` are asked here: words, and options with a value (or none, False).
@@ -61,7 +62,7 @@ def wrong(line: str, known: set[str] | None = None, others: set[str] | None = No
         if word not in ENDS:
             command.append(word)
             continue
-        while command and ASSIGNMENT.match(command[0]):
+        while command and (ASSIGNMENT.match(command[0]) or command[0] in KEYWORDS):
             command.pop(0)
         program = command[0] if command else ""
         if command and (why := _command(command, known or set())):
@@ -82,6 +83,8 @@ def _command(words: list[str], known: set[str]) -> str:
         return f"there is no {absent}"
     if words[:2] == ["python", "-m"]:
         return _module(words[2], words[3:])
+    if words[0] == "timeout":
+        return _command(words[2:], known)
     if words[:2] == ["bash", "-c"]:
         return "; ".join(why for _, why in wrong(words[2], known))
     if words[0] in PROGRAMS:

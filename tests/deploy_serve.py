@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
-from cluster import serve_config, settings
+from ray.serve import Application
+
+from cluster import serve_config
 from cluster.errors import CellrayError
-from serve_app.app import AppArgs
-from serve_app.contract import APP_NAME, INGRESS, decoder_deployment, encoder_deployment
+from serve_app.app import AppArgs, build
+from serve_app.contract import APP_NAME
 
 
 def serve_app(config: Any, where: str) -> Iterator[str]:
@@ -24,15 +27,10 @@ def serve_app(config: Any, where: str) -> Iterator[str]:
         found = application["import_path"], application["name"]
         if found != ("serve_app.app:build", APP_NAME) or application["route_prefix"] != "/":
             yield f"import_path and name are {found}, or the route is not /"
-        models = AppArgs(**application["args"]).models
-        if unknown := set(models) - set(settings.DEFAULT_MODELS):
-            yield f"no models {unknown}"
-        built = sorted(
-            [INGRESS, *(name(model) for model in models for name in (encoder_deployment, decoder_deployment))]
-        )
         named = sorted(one["name"] for one in application["deployments"])
-        if named != built:
-            yield f"deployments are {named}, the app builds {built}"
+        made = built(tuple(AppArgs(**application["args"]).models))
+        if named != made:
+            yield f"deployments are {named}, the app builds {made}"
         for one in application["deployments"]:
             if one.get("max_queued_requests", 1) < 1:
                 yield f"{one['name']}: its queue has no bound"
@@ -48,3 +46,12 @@ def room(config: Any, shapes: list[tuple[float, float]], counts: list[int]) -> I
             yield f"{one['name']} fits on no machine"
         if gpus * one["autoscaling_config"]["max_replicas"] > most:
             yield f"{one['name']}: its replicas want more than {most} GPUs"
+
+
+@cache
+def built(models: tuple[str, ...]) -> list[str]:
+    """The names of the deployments that the app makes for these models."""
+    ingress = build(AppArgs(models=list(models)))._bound_deployment
+    return sorted(
+        [ingress.name, *(one._bound_deployment.name for one in ingress.init_args if isinstance(one, Application))]
+    )

@@ -22,6 +22,7 @@ from tests import deploy_checks as checks
 from tests import deploy_commands as commands
 from tests import deploy_files as deploy
 from tests import kuberay
+from tests.deploy_serve import serve_app
 
 FILES = deploy.load()
 SERVE = [name for name in FILES if name.startswith("serve.")]
@@ -42,6 +43,13 @@ def test_kubernetes_objects_fit_the_published_crds() -> None:
     docs = [doc for name in FILES if name.startswith("kuberay/") for doc in FILES[name]]
     assert {doc["kind"] for doc in docs} >= {"RayService", "RayJob", "NetworkPolicy", "PodDisruptionBudget"}
     assert [one for doc in docs for one in kuberay.against_schema(doc)] == []
+
+
+def test_the_example_of_cellsam_once_it_is_no_comment() -> None:
+    text = (deploy.DEPLOY / "serve.gpu.yaml").read_text().replace("models: [sam", "models: [cellsam_general, sam", 1)
+    config = deploy.parsed(re.sub(r"^      # (?=- name: cellsam|  \w+: )", "      ", text, flags=re.M))
+    assert [one["name"] for one in config["applications"][0]["deployments"]][-1] == "cellsam_general-cellfinder"
+    assert [*serve_app(config, "serve.gpu.yaml")] == []
 
 
 def test_what_asks_for_gpus() -> None:
@@ -140,6 +148,7 @@ RULE = ["groups", 0, "rules", 1]
         (deploy.ALONE, 1, ["spec", "shutdownAfterJobFinishes"], False),
         (deploy.ALONE, 1, ["spec", "rayClusterSpec"], None),
         (deploy.ALONE, 1, ["spec", "entrypoint"], "bash -c 'python -m jobs.embd a b --model nano'"),
+        (deploy.ALONE, 1, ["spec", "entrypoint"], "timeout 9 bash -c 'until serve state | grep x; do sleep 1; done'"),
         ("kuberay/policies.yaml", 0, ["spec", "podSelector", "matchLabels", "app"], "cellrey"),
         ("kuberay/policies.yaml", 1, ["spec", "minAvailable"], "50%"),
         ("kuberay/policies.yaml", 2, ["spec", "selector", "matchLabels", "part"], "workers"),
