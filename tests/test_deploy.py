@@ -52,6 +52,15 @@ def test_the_example_of_cellsam_once_it_is_no_comment() -> None:
     assert [*serve_app(config, "serve.gpu.yaml")] == []
 
 
+def test_the_rayservice_has_the_gpu_app_word_for_word() -> None:
+    """Its comments, too: the example in them."""
+    there = (deploy.DEPLOY / "serve.gpu.yaml").read_text().split("applications:\n")[1].splitlines()
+    here = FILES[deploy.SERVICE][0]["spec"]["serveConfigV2"].split("applications:\n")[1].splitlines()
+    other = [pair for pair in zip(here, there, strict=True) if pair[0] != pair[1]]
+    assert len(other) == 1, other
+    assert other[0][0].startswith("      config: null")
+
+
 def test_what_asks_for_gpus() -> None:
     (application,) = FILES["serve.gpu.yaml"][0]["applications"]
     gpus = {one["name"]: one["ray_actor_options"].get("num_gpus", 0) for one in application["deployments"]}
