@@ -100,6 +100,7 @@ def test_coco(filled: Place, tmp_path: Path) -> None:
     [
         (["s3://b/in/x/a.png", "s3://b/in/c.png"], ["x/a.png", "c.png"]),
         (["s3://b/a.png"], ["a.png"]),
+        (["/a.png"], ["a.png"]),
         (["s3://b/a.png", "s3://c/a.png"], ["b/a.png", "c/a.png"]),
         (["/in/a.png", "s3://c/a.png"], ["in/a.png", "s3://c/a.png"]),
         (["/in/ab/1.png", "/in/a/1.png"], ["ab/1.png", "a/1.png"]),
