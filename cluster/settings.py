@@ -110,12 +110,8 @@ class Limits(Frozen):
     image_pixels: PositiveInt = Field(
         100_000_000, le=178_956_970, description="largest width × height, checked first; Pillow refuses more"
     )
-    slide_bytes: PositiveInt = Field(
-        32 << 30, description="largest file of a whole slide, which a worker copies to its disk, in TMPDIR"
-    )
-    slide_pixels: PositiveInt = Field(
-        (1 << 32) - 1, lt=1 << 32, description="largest width × height of a whole slide, read tile by tile"
-    )
+    slide_bytes: PositiveInt = Field(64 << 30, description="largest file of those read by windows, as CellSAM's are")
+    slide_pixels: PositiveInt = Field((1 << 32) - 1, le=(1 << 32) - 1, description="largest width × height of those")
     prompts: PositiveInt = Field(4096, description="most prompts for one image in one request")
     request_timeout_s: PositiveFloat = Field(600, description="longest wait for one answer of a replica")
     cache_bytes: PositiveInt = Field(512 * MIB, description="embeddings that one ingress replica keeps in memory")

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import io
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -243,20 +242,15 @@ class Storage:
             with suppress(FileNotFoundError):
                 os.unlink(uri)
 
-    def fetch(self, uri: str, path: Path, part: slice | None = None) -> str:
-        """Copy one file, or these bytes of it, to a local `path`, whole; → the copy's sha256. Raises InvalidInput: the
-        file ends before they do."""
-        digest = hashlib.sha256()
+    def fetch(self, uri: str, path: Path, limit: int | None = None) -> str:
+        """Copy one file to a local `path`, whole; → its sha256. Raises TooLarge: it has more than `limit` bytes."""
+        digest, left = hashlib.sha256(), limit
         with self.open(uri) as source, mapped(str(path)), path.open("wb") as target:
-            if part:
-                source.seek(part.start)
-            left = part.stop - part.start if part else sys.maxsize
-            while chunk := source.read(min(CHUNK, left)):
+            while chunk := source.read(CHUNK):
+                if left is not None and (left := left - len(chunk)) < 0:
+                    raise _over(uri, limit or 0)
                 digest.update(chunk)
                 target.write(chunk)
-                left -= len(chunk)
-        if part and left:
-            raise InvalidInput(f"{uri} ends {left} bytes before what was asked of it")
         return digest.hexdigest()
 
     def sha256(self, uri: str) -> str:

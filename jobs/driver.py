@@ -89,9 +89,8 @@ def parser(name: str, description: str, epilog: str, update: bool = False) -> ar
     looked.add_argument(
         "--overlap",
         type=int,
-        default=DEFAULT_OVERLAP,
         metavar="PX",
-        help="of tiles; objects up to this size are whole in one of them (default: %(default)s)",
+        help=f"of tiles; objects up to this size are whole in one of them (default: {DEFAULT_OVERLAP})",
     )
     tuning = made.add_argument_group("tuning")
     tuning.add_argument(
@@ -123,7 +122,8 @@ def parser(name: str, description: str, epilog: str, update: bool = False) -> ar
 
 def view(arguments: argparse.Namespace) -> str:
     """What of each image is asked for. Raises InvalidInput."""
-    tile = f"{arguments.tile},{arguments.overlap}" if arguments.tile else ""
+    overlap = DEFAULT_OVERLAP if arguments.overlap is None else arguments.overlap
+    tile = f"{arguments.tile},{overlap}" if arguments.tile else ""
     return str(View(channels=arguments.channels, t=arguments.t, z=arguments.z, tile=tile))
 
 

@@ -56,18 +56,38 @@ class File:
 
     def _decoded(self, plane: View) -> np.ndarray:
         if self.stack:
-            pixels = self.stack.plane(int(plane.z or 0), int(plane.t or 0), self.chosen)
-        else:
-            pixels = preprocess.decode(self.data, self.max_pixels)
-        if not plane.crop:
-            return pixels
-        x, y, width, height = plane.numbers("crop")
-        if x + width > pixels.shape[1] or y + height > pixels.shape[0] or not width * height:
-            size = f"{pixels.shape[1]} × {pixels.shape[0]}"
-            raise InvalidImage(
-                f"the crop {plane.crop} (x,y,width,height) is empty or leaves the image of {size} pixels"
-            )
-        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+            return _cropped(self.stack.plane(int(plane.z or 0), int(plane.t or 0), self.chosen), plane)
+        return _cropped(preprocess.decode(self.data, self.max_pixels), plane)
+
+    def samples(self, plane: View) -> np.ndarray:
+        """[height, width, 1 to 3] of a plane, or its crop, in the type that they are kept in."""
+        with self.lock:
+            if self.stack:
+                return _cropped(self.stack.samples(int(plane.z or 0), int(plane.t or 0), self.chosen), plane)
+            return _cropped(preprocess.samples(self.data, self.max_pixels), plane)
+
+    def planes(self) -> list[View]:
+        """What the view asks for, in order of t and z, without tiles."""
+        depths = zip((self.view.z, self.view.t), self.depths, strict=True)
+        chosen = [list(map(str, range(depth))) if asked == EACH else [asked] for asked, depth in depths]
+        return [replace(self.view, z=z, t=t, tile="") for t in chosen[1] for z in chosen[0]]
+
+
+def _cropped(pixels: np.ndarray, plane: View) -> np.ndarray:
+    if not plane.crop:
+        return pixels
+    x, y, width, height = crop_of(plane, (pixels.shape[0], pixels.shape[1]))
+    return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+
+
+def crop_of(plane: View, size: Size) -> Box:
+    """Raises InvalidImage: it is empty, or leaves the image of `size`."""
+    x, y, width, height = plane.numbers("crop")
+    if x + width > size[1] or y + height > size[0] or not width * height:
+        raise InvalidImage(
+            f"the crop {plane.crop} (x,y,width,height) is empty or leaves the image of {size[1]} × {size[0]} pixels"
+        )
+    return x, y, width, height
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +166,8 @@ def parts(entry: Entry, data: bytes, limits: Limits) -> Iterator[Part]:
     except CellrayError as error:
         yield Part(entry, replace(view, tile=""), error=error)
         return
-    depths = zip((view.z, view.t), file.depths, strict=True)
-    chosen = [list(map(str, range(depth))) if asked == EACH else [asked] for asked, depth in depths]
-    places = [(z, t) for t in chosen[1] for z in chosen[0]]
-    for number, (z, t) in enumerate(places, 1):
-        plane = replace(view, z=z, t=t, tile="")
+    places = file.planes()
+    for number, plane in enumerate(places, 1):
         boxes = _boxes(file, plane, view)
         for index in range(max(1, len(boxes))):
             last = index + 1 >= len(boxes)

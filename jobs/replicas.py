@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -12,6 +13,7 @@ from cluster import session
 from cluster.errors import CellrayError, NotFound
 from serve_app import contract
 from serve_app.contract import ModelInfo
+from serve_app.model.cell_masks import Cells, CellsRequest
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
 from serve_app.model.prompts import DecodeRequest, GridOptions, View
@@ -35,10 +37,15 @@ def connect(model: str) -> ModelInfo:
 
 
 def running(model: str) -> dict[str, int]:
-    """Running replicas of the model's encoder and decoder."""
-    names = (contract.encoder_deployment(model), contract.decoder_deployment(model))
+    """Running replicas of the model's encoder and decoder, and of its cellfinder where it has one."""
+    made = (contract.encoder_deployment, contract.decoder_deployment, contract.cellfinder_deployment)
     found = session.replicas(contract.APP_NAME)
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in (one(model) for one in made) if name in found}
+
+
+def finds_cells(model: str) -> bool:
+    """Whether its cellfinder is deployed."""
+    return contract.cellfinder_deployment(model) in session.replicas(contract.APP_NAME)
 
 
 def encoder(
@@ -63,6 +70,27 @@ def automask(
     return lambda images: [
         call([image], options, info.decoder_sha256).result(timeout_s=timeout_s)[0] for image in images
     ]
+
+
+def cells(info: ModelInfo, timeout_s: float) -> Callable[[list[tuple[np.ndarray, float]]], list[Cells | CellrayError]]:
+    """(pixels [h, w, 3] float32 of `cellsam.normalise`, threshold for boxes) each → its cells. Encoder and cellfinder
+    run side by side; then a call an image, so that they spread over the decoders. Raises as `decoder`."""
+    encode = _handle(contract.encoder_deployment(info.name)).encode
+    find = _handle(contract.cellfinder_deployment(info.name)).find
+    paint = _handle(contract.decoder_deployment(info.name)).cells
+
+    def segment(tiles: list[tuple[np.ndarray, float]]) -> list[Cells | CellrayError]:
+        pixels = [one for one, _ in tiles]
+        calls = encode.remote(pixels, cells=True), find.remote(pixels)
+        arrays, boxes = (call.result(timeout_s=timeout_s) for call in calls)
+        coming: list[Any] = []
+        for array, found, (one, threshold) in zip(arrays, boxes, tiles, strict=True):
+            failed = next((part for part in (array, found) if isinstance(part, CellrayError)), None)
+            request = None if failed else CellsRequest(array, found.above(threshold), (one.shape[0], one.shape[1]))
+            coming.append(failed or paint.remote([request], info.decoder_sha256))
+        return [one if isinstance(one, CellrayError) else one.result(timeout_s=timeout_s)[0] for one in coming]
+
+    return segment
 
 
 def _handle(deployment: str) -> DeploymentHandle:

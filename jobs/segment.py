@@ -20,6 +20,7 @@ from cluster.errors import CellrayError, InvalidInput, InvalidPrompt, NotFound
 from cluster.settings import Settings
 from cluster.storage import Storage, absolute
 from jobs import driver, images, prompts, replicas
+from jobs.cells import Image, shard
 from jobs.driver import Job
 from jobs.embed import embedding, failed
 from jobs.images import Entry
@@ -32,12 +33,14 @@ from jobs.views import View
 from serve_app import dataset
 from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding, ModelInfo
-from serve_app.model import masks, tiles
+from serve_app.model import cellsam, masks, tiles
+from serve_app.model.cellsam import Options as CellOptions
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import DecodeRequest, GridOptions, crops
 
 NAME = "segment"
-DESCRIPTION = """Write instance masks for the images of INPUT to OUTPUT, from prompts or from a grid of points.
+DESCRIPTION = """Write instance masks for the images of INPUT to OUTPUT: of every cell with a CellSAM model, else from
+prompts or from a grid of points.
 
 With --embeddings the images are neither read nor encoded: their embeddings come from a data set of jobs.embed, matched
 by the image's URI, and only decoder replicas are called. Without it each image is encoded on the way.
@@ -47,8 +50,18 @@ A prompt table is Parquet, CSV or JSONL with one row an object: image_uri (full,
 EPILOG = """examples:
   python -m jobs.segment ~/plates out --model nano --embeddings out --grid 16
   python -m jobs.segment s3://in/plates s3://out/plates --model sam_vit_b --prompts s3://in/boxes.parquet
+  python -m jobs.segment s3://in/slides s3://out/slides --model cellsam_general --bbox-threshold 0.3
 """
 DEFAULT_GRID = 32
+CELLS = {  # options of CellSAM's pipeline
+    "bbox_threshold": "score of boxes, 0 to 1: lower finds more cells; the threshold moves with each image's scores",
+    "low_contrast_enhancement": "brighten images of little contrast first",
+    "use_wsi": "cut images larger than --block-size into tiles",
+    "gauge_cell_size": "images whose median cell is large are done again as a whole, after their tiles",
+    "block_size": "of tiles, a side in pixels, to which --overlap is added on all sides",
+    "iou_threshold": "of what two tiles see: from it on, cells across their seam are one",
+    "compat": "as CellSAM's own pipeline does it where this does better, at the images' borders above all",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +96,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for field in fields(GridOptions)[1:]:
         option, kind = "--" + field.name.replace("_", "-"), type(field.default)
         grid.add_argument(option, type=kind, default=field.default, metavar="X", help="(default: %(default).3g)")
+    found = made.add_argument_group(
+        "cells", "of a CellSAM model, without --prompts and --grid: options of its own pipeline, and --overlap (56)"
+    )
+    for name, about in CELLS.items():
+        option, default = "--" + name.replace("_", "-"), getattr(CellOptions, name)
+        if isinstance(default, bool):
+            found.add_argument(option, action=argparse.BooleanOptionalAction, help=f"{about} (default: {default})")
+        else:
+            found.add_argument(option, type=type(default), metavar="X", help=f"{about} (default: {default:g})")
     return driver.main(NAME, made, _run, argv)
 
 
 def _run(job: Job) -> int:
     arguments = job.arguments
-    options = _options(arguments)
+    given = {name: value for name in (*CELLS, "overlap") if (value := getattr(arguments, name)) is not None}
+    cells = None
+    if arguments.prompts is None and arguments.grid is None and arguments.embeddings is None:
+        info = replicas.connect(arguments.model)
+        cells = CellOptions(**given) if replicas.finds_cells(info.name) else None
+    options = _options(arguments, given, cells)
     generation, before = driver.generation(job)
     entries = images.find(job.storage, job.input, driver.view(arguments))
     table = prompts.read(job.storage, arguments.prompts, job.input) if arguments.prompts else None
@@ -112,7 +139,7 @@ def _run(job: Job) -> int:
             for entry in listing.shard(index)
         ]
 
-    facts = {
+    facts: dict[str, Any] = {
         "input": job.input,
         "view": driver.view(arguments),
         "listing": listing.fingerprint,
@@ -129,12 +156,34 @@ def _run(job: Job) -> int:
         "grid": asdict(options.grid) if options.grid else None,
         "mode": arguments.mode,
     }
+    if cells:
+        facts |= {"detector_sha256": info.detector_sha256, "cells": asdict(cells), "preprocess": cellsam.PREPROCESS}
+        found = driver.Work(
+            Plan(NAME, facts, generation),
+            listing,
+            lambda index: [Image(entry) for entry in listing.shard(index)],
+            shard,
+            (info, arguments.batch, cells),
+        )
+        return driver.execute(job, found, replace(info, preprocess=cellsam.PREPROCESS), replicas.running(info.name))
     context = (info, arguments.batch, options)
     work = driver.Work(Plan(NAME, facts, generation), listing, sources, _shard, context)
     return driver.execute(job, work, info, replicas.running(info.name))
 
 
-def _options(arguments: argparse.Namespace) -> Options:
+def _options(arguments: argparse.Namespace, given: dict[str, Any], cells: CellOptions | None) -> Options:
+    """Raises InvalidInput: they do not go together; `given` are those of `cells`."""
+    if cells:
+        cells.check()
+        if arguments.multimask or arguments.tile:
+            raise InvalidInput("--multimask and --tile go with prompts or a grid; of cells the tiles are --block-size")
+        return Options(False, None, False)
+    for name in given:
+        if name != "overlap":
+            raise InvalidInput(
+                f"--{name.replace('_', '-')} goes with a model that finds cells, as cellsam_general does, and without "
+                "--prompts, --grid and --embeddings"
+            )
     from_embeddings = arguments.embeddings is not None
     if from_embeddings and driver.view(arguments):
         raise InvalidInput(

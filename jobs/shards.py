@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 IN_FLIGHT_BYTES = 256 * MIB  # read and waiting for a replica, a task
 READERS = 4
+AHEAD = 2  # images that are opened while another's tiles are read
 CALLS = 3  # handle calls a task keeps open: one runs, one waits at the replica, one is on its way
 ATTEMPTS = 6  # of a read or a call whose other end was away or busy: about half a minute in all
 TASK_CPUS = 0.5  # a core, half the time: while a task publishes its shard, the next one's reads
@@ -162,6 +163,19 @@ class Pipeline(Generic[Source, Item, Result]):
     def _took(self, stage: str, start: float) -> None:
         with self.lock:
             self.progress.seconds[stage] = self.progress.seconds.get(stage, 0) + time.perf_counter() - start
+
+
+def ahead(items: Iterable[Source], prepare: Callable[[Source], Result]) -> Iterator[Result]:
+    """`prepare` of each, in their order; AHEAD of them in threads while one is used."""
+    coming, threads = iter(items), ThreadPoolExecutor(AHEAD, "open")
+    try:
+        waiting = deque(threads.submit(prepare, item) for item in islice(coming, AHEAD))
+        while waiting:
+            found = waiting.popleft().result()
+            waiting += [threads.submit(prepare, item) for item in islice(coming, 1)]
+            yield found
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def written(

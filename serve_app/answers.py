@@ -15,9 +15,11 @@ from pydantic import BaseModel, Field
 
 from cluster.errors import CellrayError, InvalidInput, Unauthorized
 from serve_app.bodies import RAW, Logits
-from serve_app.contract import Embedding, ModelInfo, packed
+from serve_app.contract import Embedding, Made, ModelInfo, packed
 from serve_app.model import masks
+from serve_app.model.cell_masks import Cells
 from serve_app.model.masks import MaskSet
+from serve_app.model.preprocess import Size
 
 NPZ, PNG = "application/x-npz", "image/png"
 FOREVER = {"cache-control": "private, max-age=31536000, immutable", "vary": "accept"}
@@ -34,8 +36,9 @@ class Mask(BaseModel):
     bbox: tuple[float, float, float, float] = Field(description="x, y, width, height around the mask")
     area: int = Field(description="pixels")
     predicted_iou: float
-    stability_score: float
+    stability_score: float | None = Field(description="null of cells")
     prompt_index: int = Field(description="which prompt it answers")
+    box_score: float | None = Field(None, description="of cells: what their box scored")
     logits: Logits | None = Field(None, description="where they were asked for")
 
 
@@ -85,7 +88,10 @@ SAME: Answers = {304: {"description": "as If-None-Match"}}
 METRICS_ANSWERS: Answers = {**FEW_ERRORS, 200: {"content": {"text/plain": _TEXT}}}
 MODELS_ANSWERS: Answers = {
     **FEW_ERRORS,
-    200: {"model": list[ModelInfo], "description": "and each with its embedding_shape, and a note if it is untrained"},
+    200: {
+        "model": list[ModelInfo],
+        "description": "and each with its embedding_shape, whether it finds cells, and a note if it is untrained",
+    },
 }
 ONNX_ANSWERS: Answers = {**ERRORS, **SAME, 200: {"content": {RAW: _BINARY}}}
 EMBEDDING_ANSWERS: Answers = {
@@ -184,18 +190,32 @@ def segmentation(
     In a label map object i is i + 1: of a prompt (`by_prompt`) its best mask, or the i-th mask; the smaller lie on top.
     """
     if is_map(accept):
-        return _label_map(found, info, PNG in accept, by_prompt)
-    height, width = embedding.original
-    answer = {
+        return _label_map(_plane(found, by_prompt), info, accept)
+    made = [_mask(found, index, encoding) for index in range(len(found))]
+    return JSONResponse(_answer(embedding, embedding.original, info, made))
+
+
+def cells(found: Cells, made: Made, info: ModelInfo, accept: str, encoding: str) -> Response:
+    """As `segmentation`, of an image's cells. Raises as that."""
+    if is_map(accept):
+        return _label_map(found.labels, info, accept)
+    masks = found.masks()
+    listed = [
+        {**_mask(masks, index, encoding), "box_score": float(score)} for index, score in enumerate(found.box_scores)
+    ]
+    return JSONResponse(_answer(made, masks.size, info, listed))
+
+
+def _answer(made: Embedding | Made, size: Size, info: ModelInfo, masks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "model": info.name,
         "trained": info.trained,
-        "embedding_id": embedding.embedding_id,
-        "image_id": embedding.image_id,
-        "width": width,
-        "height": height,
-        "masks": [_mask(found, index, encoding) for index in range(len(found))],
+        "embedding_id": made.embedding_id,
+        "image_id": made.image_id,
+        "width": size[1],
+        "height": size[0],
+        "masks": masks,
     }
-    return JSONResponse(answer)
 
 
 def is_map(accept: str) -> bool:
@@ -208,7 +228,7 @@ def _mask(found: MaskSet, index: int, encoding: str) -> dict[str, Any]:
         "bbox": found.boxes[index].tolist(),
         "area": int(found.areas[index]),
         "predicted_iou": float(found.predicted_iou[index]),
-        "stability_score": float(found.stability[index]),
+        "stability_score": None if np.isnan(found.stability[index]) else float(found.stability[index]),
         "prompt_index": int(found.prompt_index[index]),
     }
     if encoding == "png":
@@ -221,19 +241,24 @@ def _mask(found: MaskSet, index: int, encoding: str) -> dict[str, Any]:
     return mask
 
 
-def _label_map(found: MaskSet, info: ModelInfo, png: bool, by_prompt: bool) -> Response:
+def _plane(found: MaskSet, by_prompt: bool) -> np.ndarray:
     rows = np.arange(len(found))
     if by_prompt:
         order = np.lexsort((-found.predicted_iou, found.prompt_index))  # each prompt's best first
         rows = order[np.unique(found.prompt_index[order], return_index=True)[1]]
     kept = found.take(rows)
     labels = (kept.prompt_index if by_prompt else rows) + 1
-    plane = masks.label_map(kept.counts, kept.areas.tolist(), labels.tolist(), found.size)
-    if plane.dtype != np.uint16:
-        raise InvalidInput(f"{len(found)} masks do not fit a label map of uint16; ask for JSON")
+    return masks.label_map(kept.counts, kept.areas.tolist(), labels.tolist(), found.size)
+
+
+def _label_map(plane: np.ndarray, info: ModelInfo, accept: str) -> Response:
+    """[h, w] of any integer type."""
+    if (most := int(plane.max(initial=0))) > np.iinfo(np.uint16).max:
+        raise InvalidInput(f"{most} masks do not fit a label map of uint16; ask for JSON")
+    plane = plane.astype(np.uint16)
     headers = {"x-model": info.name, "x-trained": str(info.trained).lower(), "x-dtype": "uint16"}
     headers["x-shape"] = ",".join(map(str, plane.shape))
-    if png:
+    if PNG in accept:
         return Response(_png(plane), media_type=PNG, headers=headers)
     return Response(plane.astype("<u2").tobytes(), media_type=RAW, headers=headers)
 

@@ -15,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from cluster.errors import InvalidInput, InvalidPrompt, TooLarge, UnsupportedImage
 from cluster.settings import MIB
 from serve_app import contract
+from serve_app.model.cellsam import BLOCK_SIZES, Options
 from serve_app.model.prompts import (
     MAX_CROP_LAYERS,
     MAX_GRID,
@@ -31,6 +32,13 @@ IMAGES = 64  # most in one body
 JSON_BYTES = 16 * MIB  # as many logits as a request may have are 11 MB; parsed, JSON takes many times its length
 RAW = "application/octet-stream"
 NAMED = ("embedding_id", "image_id", "image_uri")
+OPTIONS = [option.name for option in fields(Options)]
+PROMPTED = ("boxes", "points", "labels", "masks", "multimask", "resolution", "logits")  # not with prompts: cells
+
+
+def _within(low: float, high: float, description: str) -> Any:
+    """What the options check, documented."""
+    return Field(None, description=description, json_schema_extra={"minimum": low, "maximum": high})
 
 
 class Logits(BaseModel):
@@ -94,6 +102,7 @@ class SegmentBody(ImageBody):
             "examples": [
                 {"embedding_id": "9f86d081…", "boxes": [[120, 80, 310, 260]]},
                 {"image_uri": "s3://in/plates/a1.tif", "points": [[[200, 150], [20, 30]]], "labels": [[1, 0]]},
+                {"prompts": "cells", "bbox_threshold": 0.3, "model": "cellsam_general"},
             ]
         },
     )
@@ -109,8 +118,35 @@ class SegmentBody(ImageBody):
         "full", description="low: as the decoder makes them, a quarter of its input; bbox and area are in those pixels"
     )
     logits: bool = Field(False, description="answer each mask's logits too, to send them back as masks")
+    prompts: Literal["cells"] | None = Field(
+        None,
+        description="every cell, found by a CellSAM, in place of boxes, points and masks; of an image that is sent, or "
+        "named by its image_id. The options below go with it, and have the names of CellSAM's own pipeline",
+    )
+    bbox_threshold: float | None = _within(0, 1, "score of boxes; lower finds more cells")
+    low_contrast_enhancement: bool | None = Field(None, description="brighten images of little contrast first")
+    use_wsi: bool | None = Field(None, description="cut images larger than block_size into tiles; true if left out")
+    gauge_cell_size: bool | None = Field(None, description="images of large cells are done again as a whole")
+    block_size: int | None = _within(*BLOCK_SIZES, "of tiles, a side in pixels")
+    overlap: int | None = _within(0, BLOCK_SIZES[1] // 2, "pixels that tiles see beyond their own on all sides")
+    compat: bool | None = Field(None, description="as CellSAM's own pipeline does it where this does better")
+    iou_threshold: float | None = _within(0, 1, "of what two tiles see: from it on, cells across their seam are one")
 
-    def prompts(self, limit: int) -> Prompts:
+    def cells(self) -> Options | None:
+        """What goes with `prompts: cells`; None where that is not asked for. Raises InvalidPrompt, InvalidInput."""
+        given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+        if self.prompts is None:
+            if given:
+                raise InvalidPrompt(f"{', '.join(given)}: only with prompts: cells")
+            return None
+        beside = [name for name in PROMPTED if getattr(self, name) not in (None, False, "full")]
+        if beside:
+            raise InvalidPrompt(f"prompts: cells finds every cell by itself: leave out {', '.join(beside)}")
+        options = Options(**given)
+        options.check()
+        return options
+
+    def asked(self, limit: int) -> Prompts:
         """At most `limit`. Raises InvalidPrompt."""
         count = max(len(given or ()) for given in (self.boxes, self.points, self.masks))
         if count > limit:
@@ -140,11 +176,6 @@ def _stack(arrays: list[np.ndarray]) -> np.ndarray:
     if len({array.shape for array in arrays}) > 1:
         raise InvalidPrompt("masks have different shapes")
     return np.stack(arrays) if arrays else np.zeros((0, 0, 0), np.float32)
-
-
-def _within(low: float, high: float, description: str) -> Any:
-    """What GridOptions checks, documented."""
-    return Field(None, description=description, json_schema_extra={"minimum": low, "maximum": high})
 
 
 class AutomaskBody(ImageBody):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from serve_app.model.cellsam import PREPROCESS as CELLSAM
 from serve_app.model.preprocess import PREPROCESS, Size
 
 APP_NAME = "cellray"
@@ -40,9 +41,9 @@ def image_id(data: bytes, part: str = "") -> str:
     return part_id(hashlib.sha256(data).hexdigest(), part)
 
 
-def part_id(whole: str, part: str) -> str:
-    """As `image_id`, from that of the whole file."""
-    return hashlib.sha256(f"{whole}\n{part}".encode()).hexdigest() if part else whole
+def part_id(image: str, part: str) -> str:
+    """Of a part of an image that has the id `image`."""
+    return hashlib.sha256(f"{image}\n{part}".encode()).hexdigest() if part else image
 
 
 def embedding_id(image: str, encoder_sha256: str, dtype: str, kept: str = DTYPE, preprocess: str = PREPROCESS) -> str:
@@ -105,6 +106,21 @@ class Embedding:
         """[channels] float32: the mean over the tokens that hold image, not padding."""
         rows, columns = (-(-side // patch) for side in self.input)
         return self.array[:, :rows, :columns].mean(axis=(1, 2), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What cells are made from: an embedding that is kept nowhere."""
+
+    embedding_id: str
+    image_id: str
+    model: str
+
+    @classmethod
+    def of(cls, image: str, info: ModelInfo) -> Made:
+        """Of an image, or a part of one, by its id."""
+        made = embedding_id(image, info.encoder_sha256, info.dtype, preprocess=CELLSAM)
+        return cls(made, image, info.name)
 
 
 class Timed(list[Item]):

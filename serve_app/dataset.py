@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from cluster.errors import InvalidEmbedding, InvalidInput, NotFound
 from cluster.settings import MIB
 from cluster.storage import Storage, absolute, join
-from serve_app.contract import DTYPES, POOLED, Embedding
+from serve_app.contract import DTYPES, POOLED, Embedding, Made
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import PREPROCESS
 
@@ -169,14 +169,17 @@ def embedding_of(row: dict[str, Any]) -> Embedding:
 
 def mask_rows(
     found: MaskSet,
-    embeddings: Sequence[Embedding],
+    embeddings: Sequence[Embedding | Made],
     image_uri: str,
     part: str,
     decoder_sha256: str,
     prompt_type: str,
     prompts: Sequence[str],
+    box_scores: Sequence[float] | None = None,
+    first: int = 0,
 ) -> pa.Table:
-    """Rows of `masks` for one image; `embeddings[i]` is what mask i was made from, `prompts[i]` its prompt as JSON."""
+    """Rows of `masks` for one image, numbered from `first` on; `embeddings[i]` is what mask i was made from,
+    `prompts[i]` its prompt as JSON, `box_scores[i]` what a detector gave its box."""
     size = list(found.size)
     rows = [
         {
@@ -184,15 +187,15 @@ def mask_rows(
             "embedding_id": embeddings[index].embedding_id,
             "image_uri": printable(image_uri),
             "part": part,
-            "mask_index": index,
+            "mask_index": first + index,
             "segmentation": {"size": size, "counts": found.counts[index]},
             "bbox": found.boxes[index],
             "area": int(found.areas[index]),
             "predicted_iou": found.predicted_iou[index],
-            "stability_score": found.stability[index],
+            "stability_score": None if np.isnan(found.stability[index]) else found.stability[index],
             "prompt_type": prompt_type,
             "prompt": prompts[index],
-            "box_score": None,
+            "box_score": None if box_scores is None else box_scores[index],
             "object_embedding": found.object_embeddings[index],
             "model": embeddings[index].model,
             "decoder_sha256": decoder_sha256,

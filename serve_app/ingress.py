@@ -19,10 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import scrape
 from cluster.errors import CellrayError, Internal, InvalidInput, NotFound
-from serve_app import answers, bodies, journal, oip_http, pages
+from serve_app import answers, bodies, contract, journal, oip_http, pages
 from serve_app.answers import FOREVER
 from serve_app.bodies import NAMED, AutomaskBody, ImageBody, SegmentBody
-from serve_app.contract import Embedding, ModelInfo
+from serve_app.contract import Embedding, Made, ModelInfo
 from serve_app.guard import Guard, Guarded
 from serve_app.journal import Journal
 from serve_app.model.masks import MaskSet
@@ -95,7 +95,12 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     )
     async def models() -> list[dict[str, Any]]:
         return [
-            {**asdict(info), "embedding_shape": info.embedding_shape, "note": None if info.trained else UNTRAINED}
+            {
+                **asdict(info),
+                "embedding_shape": info.embedding_shape,
+                "cells": info.name in service.cellfinders,
+                "note": None if info.trained else UNTRAINED,
+            }
             for info in await service.models()
         ]
 
@@ -171,10 +176,21 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     async def segment(request: Request) -> Response:
         """JSON that names an image embedded before, by `embedding_id`, `image_id` or `image_uri`, which never runs the
         encoder; or multipart with parts `image` and `request`. `Accept: image/png` or `application/octet-stream` gives
-        one label map of uint16 in place of JSON: object i + 1 for prompt i."""
+        one label map of uint16 in place of JSON: object i + 1 for prompt i. With `prompts: cells` every cell is found,
+        by a model whose `cells` is true in `/v1/models`; they do not overlap."""
         sent = await bodies.read(request, limit)
         body = SegmentBody.parse(sent.text)
-        prompts = body.prompts(service.limits.prompts)
+        if options := body.cells():
+            data, info, stored = sent.image(), await service.info(body.model), body.stored()
+            if data is None and body.image_id:
+                data = await service.file(body.image_id)
+            elif data is None or stored:
+                raise InvalidInput("prompts: cells needs the image (multipart), or the image_id of one in a data set")
+            cells = await service.cells(data, info, options)
+            made = Made.of(await to_thread.run_sync(contract.image_id, data), info)
+            accept = request.headers.get("accept", "")
+            return await to_thread.run_sync(answers.cells, cells, made, info, accept, body.encoding)
+        prompts = body.asked(service.limits.prompts)
         found, info = await image_of(body, sent.image())
         low = body.resolution == "low"
         asked = DecodeRequest(found.array, found.original, prompts, body.multimask, low, body.logits)

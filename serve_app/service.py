@@ -185,13 +185,17 @@ class Service:
             NotFound: it is in no data set, or not whole, or no longer there.
             Conflict: its file is another one now.
         """
+        return await self._decode(preprocess.decode, await self.file(image_id), self.limits.image_pixels)
+
+    async def file(self, image_id: str) -> bytes:
+        """As `pixels`, undecoded."""
         facts = await self._thread(self.store.facts, *_made(image_id, await self._infos()))
         if facts["part"]:
-            raise NotFound(f"{facts['image_uri']} is there in parts ({facts['part']}); only whole images are shown")
+            raise NotFound(f"{facts['image_uri']} is there in parts ({facts['part']}); only whole images are read")
         data = await self._thread(self.store.storage.read, facts["image_uri"], self.limits.image_bytes)
         if await self._thread(contract.image_id, data) != image_id:
             raise Conflict(f"{facts['image_uri']} is not what was embedded any more")
-        return await self._decode(preprocess.decode, data, self.limits.image_pixels)
+        return data
 
     async def decoder_onnx(self, model: str) -> bytes:
         """As segment_anything exports it; `serve_app.model.onnx` names its inputs. Raises NotFound, InvalidSettings."""

@@ -24,11 +24,13 @@ import torch
 from skimage import data
 
 from serve_app.model import cellsam_names, checkpoint, masks
+from serve_app.model.cellsam import Options
 from serve_app.model.checkpoint import ARCHITECTURES, Architecture, DetectorSizes, State
 
 GOLDEN = Path(__file__).with_name("cellsam_golden.json")
 SEED, BOXES, SHOWN = 7, 40, 64
 ANSWERED = "two"  # of the images: the one whose boxes and cells are kept, too
+TILES, TILE_BOXES, TILED_ROWS = Options(block_size=160, overlap=40, compat=True), 20, 160
 FULL = ARCHITECTURES["sam_vit_b"], checkpoint.CELLSAMS["cellsam"][1]
 SHALLOW = replace(FULL[0], depth=2, global_blocks=(1,))
 SMALL = SHALLOW, replace(FULL[1], backbone=SHALLOW, encoder_layers=2, decoder_layers=2, anchors=400)
@@ -150,6 +152,21 @@ def labels(oracle: Any, image: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return model.segment_cellular_image(planes, oracle, normalize=True)[0]
 
 
+def tiled(oracle: Any, image: np.ndarray) -> np.ndarray:
+    """[h, w]: its pipeline in TILES, with the TILE_BOXES best boxes of each."""
+    pipeline, utils, wsi = (importlib.import_module(f"cellSAM.{name}") for name in ("cellsam_pipeline", "utils", "wsi"))
+    planes = pipeline.normalize_image(utils.format_image_shape(image).astype(np.float32))
+
+    def best(batch: torch.Tensor, **_: Any) -> list[torch.Tensor]:
+        (found,) = oracle.cellfinder.forward_inference(oracle.sam_bbox_preprocessing(batch, percentile=False))
+        return [found["boxes"][:TILE_BOXES]]
+
+    oracle.generate_bounding_boxes = best
+    depth = TILES.overlap
+    made = wsi.segment_wsi(planes, TILES.block_size, depth, depth, TILES.iou_threshold, model=oracle, device="cpu")
+    return made.compute()
+
+
 def places(shape: tuple[int, ...]) -> np.ndarray:
     """Where a tensor's values are compared: everywhere alike."""
     return np.random.default_rng(0).integers(0, int(np.prod(shape)), SHOWN)
@@ -171,6 +188,10 @@ def golden() -> dict[str, Any]:
             found[name]["scores"] = np.round(scores[:BOXES].astype(float), 7).tolist()
             found[name]["boxes"] = np.round(all_boxes[:BOXES].astype(float), 4).tolist()
             found[name]["cells"] = [text for number in numbers for text in masks.encode(plane[None] == number)]
+            plane = tiled(oracle, image[:TILED_ROWS])
+            found[name]["tiled"] = [
+                text for number in np.unique(plane)[1:] for text in masks.encode(plane[None] == number)
+            ]
     return found
 
 

@@ -30,6 +30,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # no test assert
 hypothesis.settings.load_profile("untimed")
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
+CELLS, LICENCE = "cells", "CellSAM's own, for the tests"  # a model that is served where a test asks for it
 GRPC = "serve_app.oip_messages.add_to_server"
 
 
@@ -74,6 +75,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
             "storage": {"endpoint_url": endpoint, "attempts": 2},
             "datasets": [dataset, shown],
             "limits": {"image_bytes": 8 << 20},
+            "models": {CELLS: {"source": str(folder / f"{CELLS}.safetensors"), "licence": LICENCE, "cells": True}},
         }
         config = folder / "cellray.yaml"
         config.write_text(yaml.safe_dump(settings))

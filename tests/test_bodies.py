@@ -45,13 +45,13 @@ def test_beside_an_image_it_may_be_as_long() -> None:
 def test_few_objects_with_many_points_are_not_padded_to_many_with_many() -> None:
     many = {"points": [[[1, 1]] * 200_000] + [[[1, 1]]] * 4000}
     with pytest.raises(InvalidPrompt, match="200000 points for one object; the limit is 128"):
-        SegmentBody.parse(json.dumps(many)).prompts(4096)
+        SegmentBody.parse(json.dumps(many)).asked(4096)
     with pytest.raises(InvalidPrompt, match="4001 prompts for one image; the limit is 4000"):
-        SegmentBody.parse(json.dumps(many)).prompts(4000)
+        SegmentBody.parse(json.dumps(many)).asked(4000)
 
 
 def test_objects_may_have_different_numbers_of_points() -> None:
-    made = SegmentBody.parse('{"points": [[[1, 2], [3, 4]], [[5, 6]]]}').prompts(2)
+    made = SegmentBody.parse('{"points": [[[1, 2], [3, 4]], [[5, 6]]]}').asked(2)
     assert made.points is not None
     assert made.labels is not None
     assert made.points.tolist() == [[[1, 2], [3, 4]], [[5, 6], [0, 0]]]

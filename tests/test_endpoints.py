@@ -242,4 +242,4 @@ def test_logits_that_are_not_are_named() -> None:
 
     body = SegmentBody.parse('{"masks": [{"shape": [1, 1], "data": "?"}]}')
     with pytest.raises(InvalidPrompt, match="not base64"):
-        body.prompts(9)
+        body.asked(9)

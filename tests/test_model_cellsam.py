@@ -356,3 +356,21 @@ def test_a_tile_that_failed_is_a_hole(seed: int, height: int, width: int) -> Non
     assert np.array_equal(labels > 0, expected)
     made = cell_masks.outlined(found, whole.shape)
     assert np.array_equal(masks.label_map(made.counts, made.areas.tolist(), range(1, len(made) + 1), made.size), labels)
+
+
+def test_compat_tiles_are_cellsams(small: CellSAM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles, with the opposite edge beyond the border, joined as it joins them."""
+    image, options = IMAGES[cellsam_oracle.ANSWERED][: cellsam_oracle.TILED_ROWS], cellsam_oracle.TILES
+    count = cellsam_oracle.TILE_BOXES
+    monkeypatch.setattr(Boxes, "above", lambda own, _: Boxes(own.boxes[:count], own.scores[:count]))
+    found = small.segment(image, options)
+    assert set(found.masks().counts) == set(GOLDEN[cellsam_oracle.ANSWERED]["tiled"])
+    with pytest.raises(InvalidInput, match="compat needs a whole image"):
+        cellsam.Pixels(Windowed(), options)
+
+
+class Windowed:
+    size = 10, 10
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        raise AssertionError("it is not to be read")

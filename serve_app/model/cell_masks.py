@@ -80,7 +80,7 @@ class Cells:
 
 
 def outlined(cells: Sequence[Cell], size: Size) -> MaskSet:
-    """Cells of an image of `size` as RLE, in their order; `prompt_index` counts them."""
+    """Cells of an image of `size` as RLE, in their order; `prompt_index` counts them; they have no stability (NaN)."""
     there = [(cell, cell.mask) for cell in cells if cell.mask is not None]
     counts = [masks.encode_at(mask, cell.corner, size) for cell, mask in there]
     boxes = [[cell.corner[1], cell.corner[0], mask.shape[1], mask.shape[0]] for cell, mask in there]
@@ -88,7 +88,7 @@ def outlined(cells: Sequence[Cell], size: Size) -> MaskSet:
     ious = np.array([cell.predicted_iou for cell, _ in there], np.float32)
     seen = np.array([cell.object_embedding for cell, _ in there], np.float32).reshape(len(there), -1 if there else 0)
     around, order = np.array(boxes, np.float32).reshape(-1, 4), np.arange(len(there), dtype=np.int32)
-    return MaskSet(size, counts, around, areas, ious, np.zeros_like(ious), order, seen)
+    return MaskSet(size, counts, around, areas, ious, np.full_like(ious, np.nan), order, seen)
 
 
 @dataclass(frozen=True, slots=True)

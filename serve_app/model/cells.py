@@ -6,7 +6,7 @@
 
 Steps and thresholds are CellSAM's, see `cellsam`. What is different, on purpose:
 - Large images are cut into tiles that end where the image does; CellSAM's see the opposite edge beyond it. An image
-  that fits a tile is done as a whole.
+  that fits a tile is done as a whole. Without tiles bbox_threshold counts. (`compat` does these as CellSAM.)
 - Grey images, images without light and images without cells are answered; CellSAM's pipeline fails on them.
 - gauge_cell_size prepares pixels as usual; CellSAM leaves its normalisation out there.
 """

@@ -20,6 +20,7 @@ PREPROCESS = "cellsam-1"
 CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
 BRIGHTEST = 99.9  # percentile of a channel's pixels above 0; what is brighter is cut off
 KERNEL = 128  # pixels: contrast is equalised over squares of this
+BLOCK_SIZES = 64, 4096  # pixels
 BAND = 512  # rows of an image in windows that are looked at together
 
 
@@ -32,6 +33,8 @@ class Options:
     use_wsi: cut images that are larger than `block_size` into tiles of that many pixels a side, each seen with
         `overlap` more on all sides; parts of a cell join where they overlap by an IoU of `iou_threshold` or more.
     gauge_cell_size: after the tiles, images whose median cell is not small are done again as a whole.
+    compat: as `cellsam_pipeline` does it where we do better: tiles at the border see the opposite edge beyond it, of
+        images that fit a block too; without tiles bbox_threshold is 0.4 whatever is given.
     """
 
     bbox_threshold: float = 0.4
@@ -41,6 +44,7 @@ class Options:
     block_size: int = 400
     overlap: int = 56
     iou_threshold: float = 0.5
+    compat: bool = False
 
     def check(self) -> None:
         """Raises InvalidInput: names the first that is out of its range."""
@@ -48,8 +52,9 @@ class Options:
             raise InvalidInput(f"bbox_threshold is {self.bbox_threshold:g}; expected 0 to 1")
         if not 0 < self.iou_threshold <= 1:
             raise InvalidInput(f"iou_threshold is {self.iou_threshold:g}; expected above 0, at most 1")
-        if not 64 <= self.block_size <= 4096:
-            raise InvalidInput(f"block_size is {self.block_size}; expected 64 to 4096 pixels")
+        least, most = BLOCK_SIZES
+        if not least <= self.block_size <= most:
+            raise InvalidInput(f"block_size is {self.block_size}; expected {least} to {most} pixels")
         if not 0 <= self.overlap <= self.block_size // 2:
             raise InvalidInput(f"overlap is {self.overlap}; expected 0 to half of block_size, {self.block_size // 2}")
 
@@ -57,7 +62,10 @@ class Options:
 class Windows(Protocol):
     """An image that is read part by part."""
 
-    size: Size
+    @property
+    def size(self) -> Size:
+        """(height, width)."""
+        ...
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """[h, w] or [h, w, 1 to 3] of any number type."""
@@ -76,7 +84,9 @@ class Pixels:
                 image in windows as a whole.
         """
         options.check()
-        self.options, self.bbox_threshold, self.image = options, options.bbox_threshold, image
+        self.image, self.bbox_threshold = image, options.bbox_threshold
+        if options.compat and not options.use_wsi:
+            self.bbox_threshold = Options.bbox_threshold
         if isinstance(image, np.ndarray):
             self.size: Size = image.shape[:2] if image.ndim >= 2 else (0, 0)
             self.extremes = extremes(image)
@@ -87,6 +97,8 @@ class Pixels:
             return
         if options.low_contrast_enhancement:
             raise InvalidInput("low_contrast_enhancement looks at a whole image, and this one is too large for it")
+        if options.compat:
+            raise InvalidInput("compat needs a whole image, and this one is too large for it")
         self.size = image.size
         height, width = self.size
         bands = (slice(start, min(start + BAND, height)) for start in range(0, height, BAND))
@@ -98,8 +110,14 @@ class Pixels:
         return slice(0, self.size[0]), slice(0, self.size[1])
 
     def tile(self, place: tuple[slice, slice]) -> np.ndarray:
-        """[h, w, 3] float32 in 0–1."""
-        seen = self.image[place] if isinstance(self.image, np.ndarray) else self.image.read(*place)
+        """[h, w, 3] float32 in 0–1. What lies beyond an edge is read from the opposite one."""
+        if not isinstance(self.image, np.ndarray):
+            seen = self.image.read(*place)
+        elif any(one.start < 0 or one.stop > side for one, side in zip(place, self.size, strict=True)):
+            y, x = (np.arange(one.start, one.stop) % side for one, side in zip(place, self.size, strict=True))
+            seen = self.image[np.ix_(y, x)]
+        else:
+            seen = self.image[place]
         return normalise(channels(seen, self.extremes))
 
 

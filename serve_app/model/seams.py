@@ -33,17 +33,18 @@ class Tile:
 
 def tiles(size: Size, options: Options) -> list[Tile]:
     """Row by row; one of the whole where that is no larger than a block, or tiles are not wanted."""
-    if not options.use_wsi or max(size) <= options.block_size:
+    if not options.use_wsi or (max(size) <= options.block_size and not options.compat):
         whole = slice(0, size[0]), slice(0, size[1])
         return [Tile(whole, whole)]
-    rows, columns = (list(_cut(side, options.block_size, options.overlap)) for side in size)
+    rows, columns = (list(_cut(side, options)) for side in size)
     return [Tile((y, x), (own_y, own_x)) for y, own_y in rows for x, own_x in columns]
 
 
-def _cut(side: int, block: int, overlap: int) -> Iterator[tuple[slice, slice]]:
-    for start in range(0, side, block):
-        stop = min(start + block, side)
-        yield slice(start, stop), slice(max(0, start - overlap), min(side, stop + overlap))
+def _cut(side: int, options: Options) -> Iterator[tuple[slice, slice]]:
+    for start in range(0, side, options.block_size):
+        stop = min(start + options.block_size, side)
+        first, last = start - options.overlap, stop + options.overlap
+        yield slice(start, stop), slice(first, last) if options.compat else slice(max(0, first), min(side, last))
 
 
 @dataclass

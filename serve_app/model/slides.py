@@ -112,28 +112,13 @@ class Slide:
         self.close()
 
 
-def tiff_size(path: Path) -> Size:
-    """(height, width) as a TIFF's first page has them by its header; zeros for another file, or a damaged one."""
-    try:
-        data = _bytes(path)
-    except InvalidImage:
-        return 0, 0
-    with data:
-        tags = preprocess.first_page(data) if data[:4] in preprocess.TIFFS else {}
-    return tags.get(preprocess.LENGTH, (0, 0))[1], tags.get(preprocess.WIDTH, (0, 0))[1]
-
-
-def _bytes(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise InvalidImage("the file is empty") from error
-
-
 def mapped(path: Path) -> mmap.mmap:
     """A TIFF's bytes, and its first page's tags looked at. Raises as `Slide`."""
-    data = _bytes(path)
+    with path.open("rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise InvalidImage("the file is empty") from error
     try:
         if data[:4] not in preprocess.TIFFS:
             raise UnsupportedImage("only TIFFs are read by windows: re-save the image as a tiled TIFF")
@@ -145,43 +130,3 @@ def mapped(path: Path) -> mmap.mmap:
         data.close()
         raise
     return data
-
-
-class Held:
-    """Pixels in memory, [h, w, 1 to 3], read as a slide is."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-        self.size: Size = pixels.shape[0], pixels.shape[1]
-
-    def read(self, rows: slice, columns: slice) -> np.ndarray:
-        return self.pixels[rows, columns]
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class Crop:
-    """A part of what is read by windows: of `box`, x, y, width and height in pixels. Raises InvalidImage: it is empty,
-    or leaves the image."""
-
-    def __init__(self, whole: Windows, box: tuple[int, int, int, int]) -> None:
-        x, y, width, height = box
-        if x + width > whole.size[1] or y + height > whole.size[0] or not width * height:
-            size = f"{whole.size[1]} × {whole.size[0]}"
-            raise InvalidImage(
-                f"the crop {x},{y},{width},{height} (x,y,width,height) is empty or leaves the image of {size} pixels"
-            )
-        self.whole, self.corner = whole, (y, x)
-        self.size: Size = height, width
-
-    def read(self, rows: slice, columns: slice) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = rows.indices(self.size[0]), columns.indices(self.size[1])
-        y, x = self.corner
-        return self.whole.read(slice(y + top, y + max(top, bottom)), slice(x + left, x + max(left, right)))
-
-    def close(self) -> None:
-        self.whole.close()
-
-
-Windows = Slide | Held | Crop

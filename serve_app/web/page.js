@@ -32,6 +32,7 @@ let everything = null; // AbortController while it runs
 
 const tool = () => document.querySelector("[name=tool]:checked").value;
 const model = () => $("model").value;
+const findsCells = () => models.find((one) => one.name === model())?.cells;
 const name = () => (picture ? `${picture.name} · ${picture.width} × ${picture.height}` : "");
 
 const pointer = listen(view, tool, {
@@ -184,16 +185,18 @@ async function askOne(number, prompt, signal) {
 
 async function segmentEverything() {
   if (!picture) return;
-  const given = [...document.querySelectorAll(".all input")].filter((input) => input.value !== "");
+  const cells = findsCells();
+  const given = [...document.querySelectorAll(cells ? ".cells input" : ".grid input")].filter((input) => input.value !== "");
   const request = Object.fromEntries(given.map((input) => [input.name, Number(input.value)]));
   const { signal } = (everything = new AbortController());
-  say("Segmenting everything …");
+  say(cells ? "Segmenting every cell …" : "Segmenting everything …");
   refresh();
   try {
-    const { masks } = await picture.ask("v1/automask", request, model(), signal);
+    const asking = cells ? picture.cells(request, model(), signal) : picture.ask("v1/automask", request, model(), signal);
+    const { masks } = await asking;
     signal.throwIfAborted();
     const count = objects.found(masks);
-    say(count ? `${count} objects found.` : "Nothing new passed the thresholds: lower the least scores under Options.");
+    say(count ? `${count} ${cells ? "cells" : "objects"} found.` : "Nothing new passed the thresholds: lower the least scores under Options.");
   } catch (error) {
     if (signal.aborted) say("Stopped.");
     else problem(error, segmentEverything);
@@ -295,7 +298,7 @@ function refresh() {
   each(".take button", (one) => (one.disabled = !some));
   each("[data-do=everything]", (one) => {
     one.disabled = !picture;
-    one.textContent = everything ? "Stop" : "Segment everything";
+    one.textContent = everything ? "Stop" : findsCells() ? "Segment every cell" : "Segment everything";
   });
   busy(opening || everything || asked.size > 0);
 }
@@ -320,10 +323,12 @@ $("model").onchange = () => {
 function choose(name) {
   const { trained, note, warning, licence, runtime, image_size } = models.find((one) => one.name === name);
   $("model").value = name;
-  document.querySelectorAll(".all input").forEach((input, i) => (input.value = (image_size < SAM_SIZE ? SMALL_GRID : SAM_GRID)[i]));
+  each(".grid, .cells", (options) => (options.hidden = options.className !== (findsCells() ? "cells" : "grid")));
+  document.querySelectorAll(".grid input").forEach((input, i) => (input.value = (image_size < SAM_SIZE ? SMALL_GRID : SAM_GRID)[i]));
   const facts = [licence, `${image_size} px`, runtime].map((text) => element("span", text));
   $("facts").replaceChildren(element("strong", trained ? "trained" : note, trained ? "good" : "bad"), ...facts);
   if (warning) $("facts").append(element("strong", warning, "bad"));
+  refresh();
 }
 
 function element(name, textContent, className = "") {

@@ -45,6 +45,16 @@ export class Picture {
     }
   }
 
+  /** Every cell: the pixels count, not the embedding. Throws Failure, AbortError. */
+  async cells(options, model, signal) {
+    const request = { ...options, prompts: "cells", model };
+    if (!this.file) return (await call("v1/segment", { json: { ...request, image_id: this.id }, signal })).data;
+    const body = new FormData();
+    body.append("image", this.file, "image");
+    body.append("request", JSON.stringify(request));
+    return (await call("v1/segment", { method: "POST", body, signal })).data;
+  }
+
   embedding(model) {
     if (!this.#embeddings.has(model)) {
       if (!this.file) throw new Failure(404, `${this.name} is not embedded by ${model} in the data set: choose another model.`);

@@ -1,0 +1,237 @@
+"""A CellSAM behind the app: every cell of an image, by a job and over HTTP, as in plain Python."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+import yaml
+from PIL import Image
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from safetensors.torch import save_file
+from skimage import data
+
+from cluster import settings
+from cluster.storage import Storage
+from jobs import segment
+from serve_app import dataset, models
+from serve_app.model import cell_masks, cells, checkpoint, masks
+from serve_app.model.cells import CellSAM
+from serve_app.model.cellsam import Options
+from tests import cellsam_oracle
+from tests.conftest import CELLS, LICENCE, App
+
+OPTIONS = Options(bbox_threshold=0.82, block_size=128, overlap=32)
+ARGUMENTS = ["--bbox-threshold", "0.82", "--block-size", "128", "--overlap", "32"]
+PATIENCE_S = 180.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """An app that serves a CellSAM beside nano, settings for jobs to which few pixels are many, and the same weights in
+    this process."""
+
+    http: str
+    config: str
+    model: CellSAM
+
+
+@pytest.fixture(scope="module")
+def served(app: App, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = Path(app.config).parent
+    sizes = checkpoint.ARCHITECTURES["nano"], checkpoint.CELLSAMS["nano_cellsam"][1]
+    save_file(cellsam_oracle.weights(sizes), folder / f"{CELLS}.safetensors")
+    made = yaml.safe_load(Path(app.config).read_text())
+    config = folder / "slides.yaml"
+    config.write_text(yaml.safe_dump({**made, "limits": {"image_pixels": 300 * 300}}))
+    client = ServeSubmissionClient(app.dashboard)
+    before = client.get_serve_details()["applications"]["cellray"]["deployed_app_config"]
+    scaled = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}
+    added = [{"name": f"cells-{part}", **scaled} for part in ("encoder", "decoder", "cellfinder")]
+    args = {"models": ["nano", CELLS], "config": app.config}
+    _deploy(client, {**before, "args": args, "deployments": [*before["deployments"], *added]})
+    loaded = cells.load(models.prepare(settings.load(app.config), CELLS))
+    yield Served(app.http, str(config), loaded)
+    _deploy(client, before)
+
+
+def _deploy(client: ServeSubmissionClient, application: dict[str, Any]) -> None:
+    client.deploy_applications({"applications": [application]})
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        time.sleep(0.5)
+        found = client.get_serve_details()["applications"]["cellray"]
+        assert "FAILED" not in found["status"], found["message"]
+        if found["status"] == "RUNNING" and found["deployed_app_config"]["args"] == application["args"]:
+            return
+        assert time.monotonic() < deadline, found
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Real ones: grey of 16 bits and of 8, RGB, two channels; the last three are larger than a tile."""
+    tissue = data.immunohistochemistry()
+    return {
+        "deep.tif": data.coins()[100:220, 100:220].astype(np.uint16) * 211,
+        "grey.png": data.coins()[:200, :180],
+        "rgb.png": tissue[:200, :160],
+        "two.tif": np.ascontiguousarray(tissue[200:330, 100:260, :2]),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(images: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name, image in images.items():
+        if name.endswith("png"):
+            Image.fromarray(image).save(folder / name)
+        else:
+            tifffile.imwrite(folder / name, image, planarconfig="contig" if image.ndim == 3 else None)
+    return folder
+
+
+def test_a_job_finds_what_plain_python_finds(
+    served: Served, images: dict[str, np.ndarray], folder: Path, tmp_path: Path
+) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    out = str(tmp_path / "out")
+    arguments = [str(folder), out, "--model", "cells", "--config", served.config, *ARGUMENTS]
+    assert segment.main([*arguments, "--max-error-rate", "1"]) == 0
+    (folder / "broken.png").unlink()
+    found = dataset.open(out, Storage(settings.load(served.config).storage))
+    rows = found.table(dataset.MASKS, None).to_pylist()
+    for name, image in images.items():
+        expected = served.model.segment(image, OPTIONS)
+        own = sorted((row for row in rows if row["image_uri"].endswith(name)), key=lambda row: row["mask_index"])
+        assert len(own) == len(expected) > 1
+        assert [row["mask_index"] for row in own] == list(range(len(own)))
+        assert _labels(own) == pytest.approx(expected.labels, abs=0)
+        assert [row["box_score"] for row in own] == pytest.approx(expected.box_scores.tolist(), abs=1e-3)
+        embeddings = np.array([row["object_embedding"] for row in own])
+        assert np.abs(embeddings - expected.object_embeddings).max() < 2e-3 * np.abs(embeddings).max()
+        boxes = [json.loads(row["prompt"])["box"] for row in own]
+        assert np.allclose(boxes, expected.boxes, atol=0.2)
+        assert {row["prompt_type"] for row in own} == {"cells"}
+        assert {row["stability_score"] for row in own} == {None}
+    (error,) = found.table(dataset.ERRORS, None).to_pylist()
+    assert (Path(error["image_uri"]).name, error["error_type"]) == ("broken.png", "UnsupportedImage")
+    (file,) = Path(out, "masks").glob("*.parquet")
+    footer = pq.read_schema(file).metadata
+    assert (footer[b"licence"].decode(), footer[b"preprocess"]) == (LICENCE, b"cellsam-1")
+
+
+def _labels(rows: list[dict[str, Any]]) -> np.ndarray:
+    counts, areas = [row["segmentation"]["counts"] for row in rows], [row["area"] for row in rows]
+    return masks.label_map(counts, areas, range(1, len(rows) + 1), tuple(rows[0]["segmentation"]["size"]))
+
+
+def test_a_slide_is_read_by_windows_and_its_damage_is_a_hole(served: Served, tmp_path: Path) -> None:
+    """One of more pixels than an image may have, with a tile that cannot be decoded."""
+    whole = data.immunohistochemistry()[:320, :320]
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, whole, tile=(64, 64), compression="deflate", photometric="rgb")
+    out = str(tmp_path / "sound")
+    arguments = ["--model", "cells", "--config", served.config, *ARGUMENTS]
+    assert segment.main([str(path), out, *arguments]) == 0
+    expected = served.model.segment(whole, OPTIONS)
+    rows = _rows(out, dataset.MASKS, served)
+    assert np.array_equal(_labels(rows), expected.labels)
+
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages.first.dataoffsets[5 * 2 + 3]  # rows from 128, columns from 192
+        content = bytearray(path.read_bytes())
+    content[offset : offset + 64] = bytes(64)
+    path.write_bytes(content)
+    out = str(tmp_path / "damaged")
+    assert segment.main([str(path), out, *arguments, "--max-error-rate", "1"]) == 0
+    errors = _rows(out, dataset.ERRORS, served)
+    places = {tuple(map(int, row["part"].removeprefix("xywh=").split(","))) for row in errors}
+    assert (128, 128, 128, 128) in places  # and its neighbours, which see some of it
+    assert all(abs(x - 128) <= 128 and abs(y - 128) <= 128 for x, y, _, _ in places)
+    labels = _labels(_rows(out, dataset.MASKS, served))
+    for x, y, width, height in places:
+        assert not labels[y : y + height, x : x + width].any()
+    assert np.array_equal(labels[:, :60] > 0, expected.labels[:, :60] > 0)
+
+
+def _rows(out: str, name: str, served: Served) -> list[dict[str, Any]]:
+    found = dataset.open(out, Storage(settings.load(served.config).storage))
+    return sorted(found.table(name, None).to_pylist(), key=lambda row: row.get("mask_index", 0))
+
+
+def test_options_that_do_not_go_together(served: Served, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, message in (
+        (["--model", "nano", "--bbox-threshold", "0.3"], "--bbox-threshold goes with a model that finds cells"),
+        (["--model", "cells", "--grid", "4", "--block-size", "100"], "--block-size goes with a model"),
+        (["--model", "cells", "--tile", "512"], "of cells the tiles are --block-size"),
+        (["--model", "cells", "--iou-threshold", "2"], "iou_threshold is 2; expected above 0, at most 1"),
+    ):
+        assert segment.main([str(folder), "nowhere", "--config", served.config, *given]) == 2
+        assert message in capsys.readouterr().err
+
+
+def _ask(served: Served, image: bytes | None, request: dict[str, Any], accept: str = "*/*") -> httpx.Response:
+    body = json.dumps({"model": "cells", **request})
+    headers, url = {"accept": accept}, f"{served.http}/v1/segment"
+    if image is None:
+        json_type = {"content-type": "application/json"}
+        return httpx.post(url, content=body, headers=headers | json_type, timeout=60)
+    return httpx.post(url, files={"image": image}, data={"request": body}, headers=headers, timeout=60)
+
+
+def test_over_http(served: Served, images: dict[str, np.ndarray], folder: Path) -> None:
+    asked = {"prompts": "cells", "bbox_threshold": 0.82, "block_size": 128, "overlap": 32}
+    for name in ("two.tif", "grey.png"):
+        expected, content = served.model.segment(images[name], OPTIONS), (folder / name).read_bytes()
+        answer = _ask(served, content, asked)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        rows = [{**mask, "segmentation": mask["segmentation"]} for mask in found["masks"]]
+        assert np.array_equal(_labels(rows), expected.labels)
+        assert [row["box_score"] for row in rows] == pytest.approx(expected.box_scores.tolist(), abs=1e-3)
+        plane = np.asarray(Image.open(io.BytesIO(_ask(served, content, asked, "image/png").content)))
+        assert np.array_equal(plane, expected.labels)
+    listed = {one["name"]: one for one in httpx.get(f"{served.http}/v1/models", timeout=60).json()}
+    assert [listed[name]["cells"] for name in ("nano", "cells")] == [False, True]
+    assert listed["cells"]["licence"] == LICENCE
+
+
+@pytest.mark.parametrize(
+    ("request_body", "message"),
+    [
+        ({"prompts": "cells", "model": "nano"}, "model nano finds no cells; models that do: cells"),
+        ({"prompts": "cells", "boxes": [[1, 2, 3, 4]]}, "leave out boxes"),
+        ({"bbox_threshold": 0.5, "boxes": [[1, 2, 30, 40]]}, "bbox_threshold: only with prompts: cells"),
+        ({"prompts": "cells", "bbox_threshold": 2}, "bbox_threshold is 2; expected 0 to 1"),
+        ({"prompts": "everything"}, "request.prompts: Input should be 'cells'"),
+    ],
+)
+def test_requests_that_make_no_sense(served: Served, folder: Path, request_body: dict[str, Any], message: str) -> None:
+    answer = _ask(served, (folder / "grey.png").read_bytes(), request_body)
+    assert (answer.status_code, message in answer.json()["error"]) == (422, True) or (
+        answer.status_code == 400 and message in answer.json()["error"]
+    ), answer.text
+
+
+def test_cells_of_no_image(served: Served) -> None:
+    answer = _ask(served, None, {"prompts": "cells"})
+    assert "needs the image (multipart), or the image_id" in answer.json()["error"]
+
+
+def test_outlines_are_those_of_the_label_image(served: Served, images: dict[str, np.ndarray]) -> None:
+    found = served.model.segment(images["rgb.png"], OPTIONS)
+    made = found.masks()
+    assert np.array_equal(made.areas, found.areas())
+    _, boxes = masks.areas_and_boxes(made.counts, made.size)
+    assert np.array_equal(made.boxes, boxes)
+    assert len(cell_masks.outlined([], (4, 5))) == 0
