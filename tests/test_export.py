@@ -207,6 +207,19 @@ def test_label_arrays_for_ome_zarr(many: Place, tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / "to" / name / "0" / "0" / "1").exists()
 
 
+@pytest.mark.parametrize("kind", ["labels", "zarr-labels"])
+def test_the_command_writes_label_images(
+    many: Place, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "zarr-labels":
+        pytest.importorskip("zarr")
+    target = tmp_path / "to"
+    assert cli.main(["export", many.uri, "--to", kind, str(target)]) == 0
+    assert capsys.readouterr().out == f"2 images to {target}\n"
+    suffix = "tif" if kind == "labels" else "zarr"
+    assert sorted(path.name for path in target.iterdir()) == [f"a.{suffix}", f"b.{suffix}"]
+
+
 def test_holes_are_said(many: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["export", many.uri, "--to", "coco"]
     assert cli.main([*words, str(tmp_path / "none.json")]) == 0
