@@ -24,7 +24,7 @@ class Names:
     def __init__(self, uris: list[str]) -> None:
         plain = [uri.replace("#", "/") for uri in uris]
         folders = {os.path.dirname(uri) for uri in plain}
-        common = len(os.path.commonprefix([folder.split("/") for folder in folders]))  # noqa: RUF071, of lists
+        common = len(os.path.commonprefix([folder.rstrip("/").split("/") for folder in folders]))  # noqa: RUF071, of lists
         relative = ("/".join(uri.split("/")[common:]).lstrip("/") for uri in plain)
         self.names = dict(zip(uris, relative, strict=True))
         self.stems = Counter(map(self.stem, uris))

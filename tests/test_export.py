@@ -100,6 +100,7 @@ def test_coco(filled: Place, tmp_path: Path) -> None:
     [
         (["s3://b/in/x/a.png", "s3://b/in/c.png"], ["x/a.png", "c.png"]),
         (["s3://b/a.png"], ["a.png"]),
+        (["/a.png"], ["a.png"]),
         (["s3://b/a.png", "s3://c/a.png"], ["b/a.png", "c/a.png"]),
         (["/in/a.png", "s3://c/a.png"], ["in/a.png", "s3://c/a.png"]),
         (["/in/ab/1.png", "/in/a/1.png"], ["ab/1.png", "a/1.png"]),
@@ -204,6 +205,19 @@ def test_label_arrays_for_ome_zarr(many: Place, tmp_path: Path, monkeypatch: pyt
         assert group.attrs["image-label"] == {"version": "0.4"}
         assert group.attrs["cellray"].get("holes") == holes
         assert (tmp_path / "to" / name / "0" / "0" / "1").exists()
+
+
+@pytest.mark.parametrize("kind", ["labels", "zarr-labels"])
+def test_the_command_writes_label_images(
+    many: Place, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "zarr-labels":
+        pytest.importorskip("zarr")
+    target = tmp_path / "to"
+    assert cli.main(["export", many.uri, "--to", kind, str(target)]) == 0
+    assert capsys.readouterr().out == f"2 images to {target}\n"
+    suffix = "tif" if kind == "labels" else "zarr"
+    assert sorted(path.name for path in target.iterdir()) == [f"a.{suffix}", f"b.{suffix}"]
 
 
 def test_holes_are_said(many: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
