@@ -31,6 +31,7 @@ hypothesis.settings.load_profile("untimed")
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CELLS, LICENCE = "cells", "CellSAM's own, for the tests"  # a model that is served where a test asks for it
+LONG = ("under_load", "faults", "cells", "jobs", "shards", "finetune", "nodes", "up", "session", "canary", "page")
 GRPC = "serve_app.oip_messages.add_to_server"
 
 
@@ -97,3 +98,9 @@ def shown(app: App, sample_images: Path) -> str:
 
     assert embed.main([str(sample_images / "*.png"), app.shown, "--model", "nano", "--config", app.config]) == 0
     return app.shown
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long first, so that no process waits for one at the end."""
+    place = {f"test_{name}.py": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
