@@ -23,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.nano import report
-
 WANTED = {"read_mb": 2000.0, "labels_mb": 2000.0, "zarr_mb": 2000.0, "coco_mb": 2000.0}
 FIELD, TILE = 2048, 512  # px
 SEEN, STEP = 512, 400  # px: a model's tile, and from one to the next
@@ -209,6 +207,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--inside"]:
         print(json.dumps(inside(sys.argv[2], sys.argv[3:])))
         return
+    from tests.benchmarks.nano import report  # imports torch, which is no part of the memory above
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=40_000, help="of the slide, px (default: %(default)s)")
     parser.add_argument("--cells", type=int, default=500_000, help="of the data set (default: %(default)s)")
