@@ -109,10 +109,16 @@ class Dashboard:
         self._check_alone(names, "remove")
         self._send("DELETE", APPLICATIONS, DEPLOY_TIMEOUT_S)
         deadline = time.monotonic() + GONE_TIMEOUT_S
-        while left := self.serve().get("applications"):
+        while left := self._left():
             if time.monotonic() > deadline:
                 raise Unavailable(f"{', '.join(left)} on {self.shown} did not end within {GONE_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
+
+    def _left(self) -> list[str]:
+        try:
+            return sorted(self.serve().get("applications") or {})
+        except Unavailable:
+            return ["what the dashboard does not say"]
 
     def last_message(self, node_id: str, log: str) -> str:
         """The last line that a replica logged; "" where it cannot be had. `log` is below the node's logs folder."""

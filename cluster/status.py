@@ -86,15 +86,21 @@ def wait(dashboard: Dashboard, names: list[str], say: Callable[[str], None], tim
     """
     deadline, said = time.monotonic() + timeout_s, {""}
     while True:
-        found = dashboard.serve().get("applications") or {}
-        nodes = dashboard.nodes() if found else []
-        apps = [_app(dashboard, name, found[name], nodes) for name in names if name in found]
+        apps, waiting = [], []
+        try:
+            found = dashboard.serve().get("applications") or {}
+            nodes = dashboard.nodes() if found else []
+            apps = [_app(dashboard, name, found[name], nodes) for name in names if name in found]
+        except Unavailable as error:  # a busy one may miss a time-out
+            waiting = [f"the dashboard: {error}"]
         for app in apps:
             if app.state in FAILED:
                 raise Unavailable(f"the app {app.name} did not start: {app.why}")
-        if len(apps) == len(names) and all(app.healthy for app in apps):
+        if not waiting and len(apps) == len(names) and all(app.healthy for app in apps):
             return
-        waiting = [str(one) for app in apps for one in app.deployments if one.why] or ["Serve to start the app"]
+        waiting = (
+            waiting or [str(one) for app in apps for one in app.deployments if one.why] or ["Serve to start the app"]
+        )
         for text in waiting:
             if text not in said:
                 say(f"waiting for {text}")

@@ -24,7 +24,7 @@ import ray
 import s3fs
 import yaml
 
-from cluster import checks_here, doctor, settings
+from cluster import checks_here, doctor, settings, status
 from cluster.dashboard import Dashboard
 from cluster.doctor import OK, PROBLEM, WARNING, Finding, Setup
 from jobs import cli, cli_cluster
@@ -396,6 +396,24 @@ def test_a_cluster_of_other_versions(
     assert (rays.verdict, there in rays.found) == (ray_verdict, True)
     assert (pythons.verdict, f"{python} on the cluster" in pythons.found) == (python_verdict, True)
     assert (app.verdict, app.found) == (WARNING, "cellray is not deployed")
+
+
+def test_a_busy_dashboard_is_waited_for(setup: Setup) -> None:
+    """By `up`: it answers late once, then that the app is deployed, then that it runs."""
+    states = iter(["", "DEPLOYING", "RUNNING"])
+
+    def answer(_: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        if path.startswith("/api/v0/nodes"):
+            return 200, b'{"data": {"result": {"result": []}}}', {}
+        state = next(states)
+        app = {"status": state, "message": "", "deployments": {}}
+        return (200, json.dumps({"applications": {"cellray": app}}).encode(), {}) if state else (500, b"late", {})
+
+    said: list[str] = []
+    with answering(answer) as url:
+        status.wait(Dashboard(url), ["cellray"], said.append, 60)
+    assert next(states, None) is None
+    assert "waiting for the dashboard: " in said[0]
 
 
 def test_no_cluster_at_the_address(setup: Setup) -> None:
