@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import http.client
+import logging
 import os
 import sys
 import time
@@ -23,12 +24,15 @@ from cluster.errors import Forbidden, InvalidCheckpoint, InvalidSettings, NotFou
 from cluster.settings import MIB, ModelSettings
 from cluster.storage import Storage, absolute, is_s3, mapped
 
+log = logging.getLogger("ray.serve")  # a replica's, which `cellray up` and `cellray status` show while it starts
+
 SEEDED = "seeded:"
 MAX_CHECKPOINT_BYTES = 16 << 30
 DOWNLOAD_TIMEOUT_S = 60  # without a byte
 CHUNK = 4 * MIB
 LOCK_TIMEOUT_S = 3600.0  # a download of gigabytes over a slow line
 LOCK_POLL_S = 0.2
+LOG_EVERY_S = 5.0
 FOLDER_SUFFIXES = (".safetensors", ".bin", ".json")  # of a checkpoint's files, in a folder that may hold more
 
 
@@ -62,12 +66,15 @@ def lock(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     with file:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        deadline, said = time.monotonic() + LOCK_TIMEOUT_S, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not said and time.monotonic() > deadline - LOCK_TIMEOUT_S + LOG_EVERY_S:
+                    said = True
+                    log.info("waiting for another process of this node, which fetches or splits the same weights")
                 if time.monotonic() > deadline:
                     raise Unavailable(f"another process has held {path} for {LOCK_TIMEOUT_S:.0f} s") from None
                 time.sleep(LOCK_POLL_S)
@@ -207,11 +214,15 @@ def _size(path: Path) -> int:
 
 
 def _copy(remote: IO[bytes], target: IO[bytes], shown: str, expected: int = 0) -> None:
-    first = target.tell()
+    first, logged = target.tell(), 0.0
+    whole = f" of {expected / MIB:,.0f}" if expected else ""
     with tqdm(total=expected or None, initial=first, desc=shown[-40:], unit="B", unit_scale=True, disable=None) as bar:
         while chunk := remote.read(CHUNK):
             target.write(chunk)
             bar.update(len(chunk))
+            if time.monotonic() - logged > LOG_EVERY_S:
+                logged = time.monotonic()
+                log.info(f"downloading {shown}: {target.tell() / MIB:,.0f}{whole} MiB")
             if target.tell() > MAX_CHECKPOINT_BYTES:
                 raise InvalidCheckpoint(f"{shown} is over {MAX_CHECKPOINT_BYTES >> 30} GiB: no known checkpoint is")
 

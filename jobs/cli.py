@@ -16,7 +16,6 @@ from cluster.errors import CellrayError, InvalidInput
 
 MODEL = "a model's name, a checkpoint, or a folder by `cellray extract`"
 DATASET = "an output of the jobs, a folder or s3://…"
-DEFAULT_SERVE_CONFIG = Path("deploy/serve.local.yaml")
 EXPORT_ONNX = """Write a model's prompt encoder and mask decoder to OUT as ONNX, under segment_anything's names: a
 browser, or a program with onnxruntime, makes masks from stored embeddings. Needs `pip install 'cellray[onnx]'`.
 
@@ -116,17 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from jobs import client
+    from jobs import cli_cluster, client
 
     made = argparse.ArgumentParser(
         prog="cellray",
         description="Segment Anything embeddings and masks for millions of images, on Ray.",
-        epilog="The jobs are run as `python -m jobs.embed` and `python -m jobs.segment`; each has --help.",
+        epilog="`cellray up` is where to start. The jobs are run as `python -m jobs.embed` and `python -m "
+        "jobs.segment`; each has --help.",
     )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], int], brief: str, about: str, epilog: str = "") -> Any:
-        shown = argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter
+        shown = argparse.RawDescriptionHelpFormatter if "\n" in about + epilog else argparse.HelpFormatter
         one = commands.add_parser(name, help=brief, description=about, epilog=epilog, formatter_class=shown)
         one.set_defaults(run=run)
         return one
@@ -236,12 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     key = command("key", _key, "make a key for the service", KEY, KEY_EXAMPLE)
     key.add_argument("name", metavar="NAME", help="whose it is: what the log and the keys file say of it")
 
-    serve = command(
-        "serve", _serve, "start Ray and the app here, until Ctrl-C", "Start Ray and the app here, until Ctrl-C."
-    )
+    cli_cluster.add_commands(command)
     demo = command("demo", _demo, "embed and segment real images", "Embed and segment real images.")
-    for one in (serve, demo):
-        one.add_argument("--serve-config", type=Path, default=DEFAULT_SERVE_CONFIG, help="(default: %(default)s)")
+    demo.add_argument(
+        "--serve-config", type=Path, default=cli_cluster.DEFAULT_SERVE_CONFIG, help="(default: %(default)s)"
+    )
     demo.add_argument("--to", type=Path, default=Path("demo"), help="folder to fill (default: %(default)s)")
     client.add_arguments(command("client", client.run, "ask a running service", client.ABOUT, client.EXAMPLES))
     for one in (extract, inspected, weights, onnx, gate, show, verify, compact, export, demo):
@@ -444,12 +443,6 @@ def _key(arguments: argparse.Namespace) -> int:
     secret, line = keys.make(arguments.name)
     print(f"key, shown only now:     {secret}\nline for the keys file:  {line}")
     return 0
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from jobs import demo
-
-    return demo.serve(serve_config.read(arguments.serve_config), signal.pause)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +111,3 @@ def _print_table(reports: list[dict[str, Any]]) -> None:
     print()
     for row in (COLUMNS, *rows):
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-
-
-def serve(config: dict[str, Any], wait: Callable[[], None]) -> int:
-    """Keep the app up until `wait` returns or Ctrl-C."""
-    model = ((config["applications"][0].get("args") or {}).get("models") or [MODEL])[0]
-    with session.local(config, say) as started:
-        print(
-            f"\npage        {started.http}   click, and there is a mask\n"
-            f"API docs    {started.http}/docs\n"
-            f"dashboard   {started.dashboard}\n\n"
-            f"submit      export RAY_AUTH_MODE=token RAY_ADDRESS={started.dashboard}\n"
-            f"            ray job submit -- python -m jobs.embed IMAGES OUT --model {model}\n"
-            f"ask         curl {started.http}/v1/segment -F image=@IMAGE "
-            "-F 'request={\"points\": [[[100, 100]]]}'\n\n"
-            "Ctrl-C stops it.",
-            flush=True,
-        )
-        wait()
-    return 0

@@ -29,10 +29,10 @@ from serve_app.dataset import Dataset
 NAME = "embed"
 DESCRIPTION = """Run a model's image encoder over every image of INPUT and write the embeddings to OUTPUT.
 
-The images stream through the replicas of the Serve app, so the app must be running on the cluster (`make serve`, or
-`serve deploy`). A bad image becomes a row of OUTPUT/errors and the job goes on. Killed anywhere, the same command
-resumes; a different one on the same OUTPUT is refused. When it is done, --retry-errors runs what failed, and --update
-what was added or changed; readers then see the newer rows of an image in place of the older."""
+The images stream through the replicas of the Serve app, so the app must be running on the cluster (`cellray up`). A bad
+image becomes a row of OUTPUT/errors and the job goes on. Killed anywhere, the same command resumes; a different one on
+the same OUTPUT is refused. When it is done, --retry-errors runs what failed, and --update what was added or changed;
+readers then see the newer rows of an image in place of the older."""
 EPILOG = """examples:
   python -m jobs.embed ~/plates out --model nano
   ray job submit -- python -m jobs.embed s3://in/plates s3://out/plates --model sam_vit_b --parallel 8

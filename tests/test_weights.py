@@ -139,13 +139,17 @@ def is_the_checkpoint(folder: Path, state: checkpoint.State) -> ModelCard:
 
 @pytest.mark.parametrize("length", [6, 64])
 def test_downloads_checks_and_splits(
-    web: str, trained: bytes, state: checkpoint.State, tmp_path: Path, length: int
+    web: str, trained: bytes, state: checkpoint.State, tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(weights.log, "info", said.append)  # of a replica that starts: `cellray status` shows it
     made = settings(tmp_path, f"{web}/good.pth", digest(trained)[:length].upper())
     folder = models.prepare(made, "mine")
     card = is_the_checkpoint(folder, state)
     assert (card.source_sha256, card.licence, card.trained) == (digest(trained), "MIT", True)
     assert (card.family, card.source) == ("nano", f"{web}/good.pth")
+    size = f"{len(trained) / weights.MIB:,.0f} MiB"
+    assert [line for line in said if line.startswith(f"downloading {web}/good.pth: ") and line.endswith(f" of {size}")]
 
 
 def test_the_second_time_nothing_is_fetched(
