@@ -8,7 +8,9 @@ Source of all steps and numbers: CellSAM (vanvalenlab/cellSAM, 2025-11), as read
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
 BRIGHTEST = 99.9  # percentile of a channel's pixels above 0; what is brighter is cut off
 KERNEL = 128  # pixels: contrast is equalised over squares of this
 BLOCK_SIZES = 64, 4096  # pixels
-BAND = 512  # rows of an image in windows that are looked at together
+BAND = 512  # pixels: side of the windows of an image that are looked at first
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Pixels:
     the options, or what `enhance` takes in its place."""
 
     def __init__(self, image: np.ndarray | Windows, options: Options) -> None:
-        """image: as `channels` has it; or one to be read in windows, of which no more than BAND rows are held.
+        """image: as `channels` has it; or one to be read in windows, of which few are held.
 
         Raises:
             InvalidImage: of another shape, or not finite. InvalidInput: an option is out of its range, or it needs an
@@ -100,9 +102,7 @@ class Pixels:
         if options.compat:
             raise InvalidInput("compat needs a whole image, and this one is too large for it")
         self.size = image.size
-        height, width = self.size
-        bands = (slice(start, min(start + BAND, height)) for start in range(0, height, BAND))
-        found = np.array([extremes(image.read(band, slice(0, width))) for band in bands])
+        found = np.array(list(_extremes(image)))
         self.extremes = np.stack([found[..., 0].min(0), found[..., 1].max(0)], 1)
 
     @property
@@ -119,6 +119,19 @@ class Pixels:
         else:
             seen = self.image[place]
         return normalise(channels(seen, self.extremes))
+
+
+def _extremes(image: Windows) -> Iterator[np.ndarray]:
+    """`extremes` of an image by windows; damaged ones are left out, unless all are: their tiles will say so."""
+    (height, width), problem, sound = image.size, None, False
+    for top, left in product(range(0, height, BAND), range(0, width, BAND)):
+        try:
+            yield extremes(image.read(slice(top, min(top + BAND, height)), slice(left, min(left + BAND, width))))
+            sound = True
+        except InvalidImage as error:
+            problem = error
+    if problem and not sound:
+        raise problem
 
 
 def extremes(image: np.ndarray) -> np.ndarray:
