@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.autoscaling [--to autoscaling.png] [--faster 6] [--images 1600]
 
-The app is the real one, with packaged models in place of the YAML's, whose encoders sleep ENCODE_S an image. All numbers
-of the YAML's deployments count; what is a delay there, in Serve or in the node autoscaler is divided by --faster.
+The app is the real one, with packaged models in place of the YAML's, whose encoders sleep ENCODE_S an image. All
+numbers of the YAML's deployments count; what is a delay there, in Serve or in the node autoscaler is divided by
+--faster.
 Nodes: a head without CPUs, and as many nodes of one GPU and four CPUs as are wanted, up to eight.
 
-Phases: a quiet one; jobs.embed on the first model beside HTTP clients, then the first clients of the second model, which
-has no replica until they ask; all but one client end; again clients of the second model; and all end.
+Phases: a quiet one; jobs.embed on the first model beside HTTP clients, then the first clients of the second model,
+which has no replica until they ask; all but one client end; again clients of the second model; and all end.
 A row is lost if jobs.verify or a count misses it, a request if its caller, the product's client, saw an error.
 """
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import os
 
-os.environ["RAY_AUTH_MODE"] = "disabled"  # before anything imports Ray: other than `ray.init`, `ray start` makes no token
+os.environ["RAY_AUTH_MODE"] = (
+    "disabled"  # before anything imports Ray: other than `ray.init`, `ray start` makes no token
+)
 
 import argparse
 import re
@@ -154,7 +157,9 @@ def checked(out: Path, images: int) -> dict[str, float]:
     }
 
 
-def run(folder: Path, fake: fake_nodes.FakeCluster, faster: float, images: int) -> tuple[Watch, Traffic, dict[str, float]]:
+def run(
+    folder: Path, fake: fake_nodes.FakeCluster, faster: float, images: int
+) -> tuple[Watch, Traffic, dict[str, float]]:
     port, settings, out = free_port(), folder / "cellray.yaml", folder / "out"
     config = app(faster, settings, port)
     (one,) = config["applications"]

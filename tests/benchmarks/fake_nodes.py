@@ -1,7 +1,7 @@
 """A Ray cluster on this machine whose autoscaler starts and ends nodes: fake ones, each a raylet of its own.
 
-Ray's own AutoscalingCluster does not run from a wheel, and its stop ends every Ray on the machine. This one ends what it
-started, which it knows by its folder and its address.
+Ray's own AutoscalingCluster does not run from a wheel, and its stop ends every Ray on the machine. This one ends what
+it started, which it knows by its folder and its address.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from tests.conftest import free_port
 HEAD = "f" * 51 + "00000"
 START_TIMEOUT_S, END_TIMEOUT_S = 90.0, 8.0
 OBJECT_STORE_BYTES = 200_000_000
+LISTS = [f"{who}_commands" for who in ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")]
+LISTS += ["worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,8 @@ def cluster(
         },
         "available_node_types": types,
         "head_node_type": "ray.head.default",
-        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
-        **dict.fromkeys(
-            ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"), []
-        ),
-        **dict.fromkeys(
-            ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude"), []
-        ),
-        "rsync_filter": [],
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in LISTS},
         "file_mounts_sync_continuously": False,
     }
     Path(folder, "autoscaling.json").write_text(json.dumps(config))
@@ -120,7 +116,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, dashboard: int) -> None:
 
 
 def _end(starter: int, *marks: str) -> None:
-    """The starter, all below it, and whoever has a mark in its command: nodes outlive the autoscaler that began them."""
+    """The starter, all below it, and who has a mark in its command: nodes outlive the autoscaler that began them."""
     found: dict[int, psutil.Process] = {}
     with suppress(psutil.NoSuchProcess):
         own = psutil.Process(starter)

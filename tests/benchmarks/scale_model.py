@@ -1,4 +1,4 @@
-"""A discrete-event model of jobs.embed on many replicas: tasks that read, their routers, replicas, and the one driver."""
+"""A discrete-event model of jobs.embed on many replicas: tasks that read, their routers, replicas, the one driver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Cluster:
     shard_batches: int = 0  # 0: shards do not end
     shard_s: float = 0.0  # from the driver's word to the first call of a task's next shard
     message_s: float = 0.0  # of the driver, which takes one after another, for what a task tells it
-    messages_a_batch: float = 0.0  # beside the one at a shard's end
+    messages_a_batch: float = 0.0
+    end_s: float = 0.0  # of the driver, for a shard's end and the next one's begin
 
 
 @dataclass
@@ -94,7 +95,7 @@ def batches_a_second(cluster: Cluster, seconds: float, seed: int = 0) -> float:
                 task.open.popleft()
                 driver = max(driver, now) + cluster.messages_a_batch * cluster.message_s
             if cluster.shard_batches and not task.left and not task.open:
-                driver = max(driver, now) + cluster.message_s
+                driver = max(driver, now) + cluster.end_s
                 task.left = cluster.shard_batches
                 at(driver + cluster.shard_s, ISSUE, task)
             else:

@@ -1,4 +1,4 @@
-"""HTTP clients of a running app, as many as wanted at a time, in a thread of this process; each call is kept count of."""
+"""HTTP clients of a running app, as many as wanted at a time, in a thread of this process; each call is counted."""
 
 from __future__ import annotations
 
