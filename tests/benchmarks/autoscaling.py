@@ -54,6 +54,7 @@ NODES = {
 }
 NODE_IDLE_S = 300.0  # until a node that nothing uses ends; Ray's and KubeRay's usual five minutes or one
 LOOK_BACK_S, PUSH_S = 30.0, 10.0  # Serve's defaults
+HALVES = contract.encoder_deployment, contract.decoder_deployment
 DELAYS = ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s")
 PARALLEL, SHARD_IMAGES = 5, 64
 CLIENTS, CLIENTS_RARE = 6, 3
@@ -64,11 +65,17 @@ say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=Tru
 
 
 def app(faster: float, settings: Path, port: int) -> dict[str, Any]:
-    """The YAML, checked as it is, with its delays shortened and the sleeping replicas in it."""
+    """The YAML, checked as it is, with its delays shortened and sleeping replicas; of its models the first, and the
+    first that has none until somebody asks."""
     config = serve_config.read(YAML)
     (one,) = config["applications"]
-    one |= {"import_path": "tests.benchmarks.sleeping:build"}
-    one["args"] |= {"config": str(settings)}
+    named = {deployment["name"]: deployment for deployment in one["deployments"]}
+    encoders = {model: named[contract.encoder_deployment(model)] for model in one["args"]["models"]}
+    rare = next(name for name, found in encoders.items() if not found["autoscaling_config"]["min_replicas"])
+    models = [next(iter(encoders)), rare]
+    one |= {"import_path": "tests.benchmarks.sleeping:build", "args": {"models": models, "config": str(settings)}}
+    kept = [contract.INGRESS, *(name(model) for model in models for name in HALVES)]
+    one["deployments"] = [named[name] for name in kept]
     for deployment in one["deployments"]:
         scaling = deployment["autoscaling_config"]
         scaling |= {name: scaling[name] / faster for name in DELAYS if name in scaling}

@@ -23,6 +23,8 @@ class Cluster:
     replica_s: float = 0.0  # between two batches of a replica
     wire_s: float = 0.0  # a call's way to the replica and back
     blind: float = 0.0  # share of calls whose router knows no queue's length and takes any replica
+    cores: int = 0  # that all calls share, where they do: half of `cpu_s` before a call reaches its replica, half after
+    cpu_s: float = 0.0
     read_s: float = 0.0  # of a task, until it has read a batch
     shard_batches: int = 0  # 0: shards do not end
     shard_s: float = 0.0  # from the driver's word to the first call of a task's next shard
@@ -47,6 +49,14 @@ def batches_a_second(cluster: Cluster, seconds: float, seed: int = 0) -> float:
     events: list[tuple[float, int, int, object]] = []
     ISSUE, ARRIVE, DONE, BACK = range(4)
     driver, done = 0.0, 0
+    cores = [0.0] * cluster.cores  # when each is free
+
+    def travelled(now: float) -> float:
+        """When what leaves now is there."""
+        if cores:
+            now = max(now, heapq.heappop(cores)) + cluster.cpu_s / 2
+            heapq.heappush(cores, now)
+        return now + cluster.wire_s / 2
 
     def at(time: float, kind: int, what: object) -> None:
         heapq.heappush(events, (time, next(order), kind, what))
@@ -65,7 +75,7 @@ def batches_a_second(cluster: Cluster, seconds: float, seed: int = 0) -> float:
             some = rng.randrange(cluster.replicas), rng.randrange(cluster.replicas)
             chosen = some[0] if rng.random() < cluster.blind else min(some, key=lengths.__getitem__)
             lengths[chosen] += 1
-            at(now + cluster.wire_s / 2, ARRIVE, (chosen, task, call))
+            at(travelled(now), ARRIVE, (chosen, task, call))
 
     for _ in range(cluster.tasks):
         first = rng.randint(1, cluster.shard_batches) if cluster.shard_batches else 0
@@ -85,7 +95,7 @@ def batches_a_second(cluster: Cluster, seconds: float, seed: int = 0) -> float:
             task, call = queues[what].popleft()
             lengths[what] -= 1
             done += now >= seconds / 5
-            at(now + cluster.wire_s / 2, BACK, (task, call))
+            at(travelled(now), BACK, (task, call))
             if queues[what]:
                 at(now + cluster.replica_s + cluster.batch_s, DONE, what)
         else:
