@@ -154,9 +154,9 @@ def measure(counts: tuple[int, ...]) -> tuple[dict[int, tuple[float, float]], fl
 
 
 def calls_a_second(answered: np.ndarray, start: float) -> float:
-    """In the window from `start` on, from its first answer to its last."""
+    """In the window from `start` on: the slope of the answers' count, which sees no edges."""
     inside = np.sort(answered[(answered >= start) & (answered < start + WINDOW_S)])
-    return float((len(inside) / BATCH - 1) / (inside[-1] - inside[0]))
+    return float(np.polyfit(inside - start, np.arange(len(inside)), 1)[0]) / BATCH
 
 
 def worker_seconds() -> float:
