@@ -22,8 +22,10 @@ lint: $(READY)
 bench: $(READY)  ## ratios against peers; each prints a table and one line of JSON
 	$(BIN)/python -m tests.benchmarks.pipeline
 	$(BIN)/python -m tests.benchmarks.storage
-	$(BIN)/python -m tests.benchmarks.scale
+	$(BIN)/python -m tests.benchmarks.scale --only listing bombs index cluster
 	$(BIN)/python -m tests.benchmarks.faults
+	$(BIN)/python -m tests.benchmarks.nodes
+	$(BIN)/python -m tests.benchmarks.autoscaling
 	$(BIN)/python -m tests.benchmarks.encoder
 	$(BIN)/python -m tests.benchmarks.decoder
 	$(BIN)/python -m tests.benchmarks.serving

@@ -45,6 +45,9 @@ SHARD_ATTEMPTS = 3  # of a task whose worker died; before the last its images ar
 PROBE_ATTEMPTS = 2  # of an image: one that ends so many workers that do nothing else is left out
 BACKOFF_S = 1.0
 PROBE_PX = 64
+FIRST_WORD_S, WORDS_S = 1.0, 10.0  # a task tells its driver how far it is: first so soon, later this far apart
+GATHER_S = 2e-5  # a task: the driver lets words gather before it looks, in 2e-6 s a task
+REPORT_SHARE = 0.05  # of the driver's time, at most: a report looks at all shards, of which there may be very many
 
 
 @dataclass
@@ -185,12 +188,15 @@ def written(
     stage: str,
     add: Callable[[Done[Any, Any, Any]], int],
 ) -> Iterator[Progress]:
-    """A shard's sources through its pipeline into rows, then its commit; → how far it is, once a batch.
+    """A shard's sources through its pipeline into rows, then its commit; → how far it is, now and then: one driver
+    listens to all tasks, and takes a word in 0.4 ms.
 
     `add` writes what one became, and says how many error rows it wrote. Those of what failed on the way, in `read` or
     in `stage`, are written here.
     """
     progress, failures = pipeline.progress, 0
+    started = time.monotonic()
+    due = started + FIRST_WORD_S
     for rows, done in enumerate(pipeline.run(sources), 1):
         entry, part = done.source.entry, done.source.part
         for where, found in (("read", done.item), (stage, done.result)):
@@ -202,7 +208,8 @@ def written(
             progress.images += 1
             progress.errors += failures > 0
             failures = 0
-        if rows % pipeline.batch == 0:
+        if rows % pipeline.batch == 0 and (now := time.monotonic()) >= due:
+            due = now + min(now - started, WORDS_S)
             yield measured(progress)
     progress.written = True
     yield measured(progress)
@@ -223,8 +230,9 @@ def run(
     a time, and as many again that only publish what they wrote: that costs time, not CPU. `arguments` begin with the
     settings; `poisoned` are the URIs of images that no worker survives.
 
-    `task` is a Ray remote function that yields Progress. `report` is called first, and then about once a second with
-    what is new; once it answers False no more shards are begun, and those that are come to their end.
+    `task` is a Ray remote function that yields Progress. `report` is called first, and then whenever there is something
+    new and its last call was long enough ago; once it answers False no more shards are begun, and those that are come
+    to their end.
     A shard whose worker died is run again; a CellrayError from a shard stops all of them, and so does Ctrl-C.
     """
     waiting = deque(shards)
@@ -233,20 +241,26 @@ def run(
     running: dict[Any, int] = {}
     poisoned: dict[int, frozenset[str]] = {}
 
-    def working() -> int:
-        return sum(index not in latest or not latest[index].written for index in running.values())
-
+    due = 0.0
     try:
         while waiting or running:
-            if not report(list(latest.values())):
-                waiting.clear()
-            while waiting and len(running) < 2 * parallel and working() < parallel:
-                index = waiting.popleft()
+            if (begun := time.monotonic()) >= due:
+                if not report(list(latest.values())):
+                    waiting.clear()
+                now = time.monotonic()
+                due = now + (now - begun) / REPORT_SHARE
+            working = sum(index not in latest or not latest[index].written for index in running.values())
+            while waiting and len(running) < 2 * parallel and working < parallel:
+                index, working = waiting.popleft(), working + 1
                 attempts[index] = attempts.get(index, 0) + 1
                 own = index, sources(index), poisoned.get(index, frozenset())
                 stream = task.options(num_returns="streaming").remote(*arguments, *own)
                 running[stream] = index
             ready: list[Any] = ray.wait(list(running), timeout=1.0)[0] if running else []
+            if (
+                len(running) > 1 and ready
+            ):  # the others that have something by now: to look costs as much for all as for one
+                ready = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
             for stream in ready:
                 index = running[stream]
                 try:

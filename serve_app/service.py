@@ -46,6 +46,7 @@ EMBEDS_AT_ONCE = 8  # of one request's images
 DECODES_AT_ONCE = 4  # images, whatever their size; stored embeddings are read beside them, so that clicks do not wait
 READS_AT_ONCE = 16
 TILES_AT_ONCE = 8  # of one image
+ASLEEP_S = 60.0  # without a request, after which a model's replicas may be gone
 LOGITS = 64  # masks of one request with their logits: 128 KB each
 
 
@@ -70,6 +71,7 @@ class Service:
         self.cellfinders = {name: one for name, one in zip(names, handles[2::3], strict=True) if one is not None}
         self.store = EmbeddingStore(settings)
         self.infos: dict[str, ModelInfo] = {}
+        self.asked: dict[str, float] = {}  # when a model's halves last answered that they are there
         self.decoding, self.reading = CapacityLimiter(DECODES_AT_ONCE), CapacityLimiter(READS_AT_ONCE)
 
     @asynccontextmanager
@@ -96,13 +98,24 @@ class Service:
             self.infos[name] = await self._call(self.decoders[name].info.remote())
         return self.infos[name]
 
+    async def _awake(self, model: str | None) -> ModelInfo:
+        """As `info`. A model that nobody asked for a while may have no replicas: they start at the same time, where one
+        after the other a request would wait for two nodes."""
+        name = model or self.names[0]
+        if name not in self.encoders or time.monotonic() - self.asked.get(name, -ASLEEP_S) < ASLEEP_S:
+            return await self.info(name)
+        halves = [handles[name].info.remote() for handles in (self.encoders, self.decoders)]
+        info, *_ = await asyncio.gather(self.info(name), *map(self._call, halves))
+        self.asked[name] = time.monotonic()
+        return info
+
     async def embed(self, data: bytes, model: str | None) -> Embedding:
         """Image file bytes → embedding; one whose embedding is in memory does not run the encoder.
 
         Raises:
             InvalidImage and its kinds, NotFound, Unavailable, DeadlineExceeded
         """
-        info = await self.info(model)
+        info = await self._awake(model)
         image_id = await self._thread(contract.image_id, data)
         embedding_id = contract.embedding_id(image_id, info.encoder_sha256, info.dtype)
         known = self.store.recall(embedding_id)

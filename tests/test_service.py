@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ import pytest
 import yaml
 
 from cluster import settings
+from cluster.settings import Settings
 from serve_app import models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
+from serve_app.service import Service
 from tests.conftest import App
 
 BOXES = [[20, 30, 300, 200], [0, 0, 600, 400]]
@@ -48,6 +51,34 @@ def test_says_what_it_serves(http: httpx.Client) -> None:
     assert model["note"] is None
     assert http.get("/docs").status_code == 200
     assert "/v1/segment" in http.get("/openapi.json").json()["paths"]
+
+
+class _Starting:
+    """A handle of a model without replicas: `info` answers once all halves were asked for it."""
+
+    def __init__(self, asked: list[object], all_asked: asyncio.Event) -> None:
+        self.asked, self.all_asked, self.info = asked, all_asked, self
+
+    async def remote(self) -> str:
+        self.asked.append(self)
+        if len(set(self.asked)) == 2:
+            self.all_asked.set()
+        await self.all_asked.wait()
+        return "info"
+
+
+def test_a_model_without_replicas_starts_its_encoder_and_its_decoder_at_the_same_time(image: bytes) -> None:
+    async def ask() -> list[object]:
+        asked: list[object] = []
+        event = asyncio.Event()
+        service = Service(Settings(), ["rare"], [_Starting(asked, event), _Starting(asked, event), None])
+        for _ in range(2):
+            async with asyncio.timeout(30):
+                with pytest.raises(AttributeError):  # it has an info by then, which is none
+                    await service.embed(image, "rare")
+        return asked
+
+    assert len(asyncio.run(ask())) == 3  # both halves, and the decoder for what it is; the second time nobody
 
 
 def test_embeds_as_the_model_does(http: httpx.Client, image: bytes, folder: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from PIL import Image
 
 from cluster.settings import Settings
 from jobs import shards
-from jobs.shards import TASK_CPUS, Progress
+from jobs.images import Entry
+from jobs.shards import TASK_CPUS, Pipeline, Progress
 from tests.conftest import App
 from tests.poison import DEADLY, ENDLESS, ROOT
 
@@ -34,6 +36,21 @@ def test_an_image_that_ends_its_workers_is_left_out_and_the_job_goes_on(tmp_path
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert lines == [[4, 0, 1], [4, 2, 3]]
     assert "3b.png ends its worker" in done.stderr
+
+
+@pytest.mark.parametrize(("pause", "words"), [(0.0, 32 + 2), (3600.0, 2)])
+def test_a_task_speaks_as_often_as_time_passes_not_as_it_has_batches(
+    monkeypatch: pytest.MonkeyPatch, pause: float, words: int
+) -> None:
+    monkeypatch.setattr(shards, "FIRST_WORD_S", pause)
+    monkeypatch.setattr(shards, "WORDS_S", pause)
+    entry = Entry("image", 1)
+    sources = [SimpleNamespace(entry=entry, part=None) for _ in range(64)]
+    pipeline = Pipeline[Any, int, int](lambda one: 1, lambda items: items, lambda one: 1, 2, Progress(0))
+    writer: Any = SimpleNamespace(commit=lambda: SimpleNamespace(files=()))
+    said = list(shards.written(pipeline, sources, writer, "encode", lambda done: 0))
+    assert len(said) == words
+    assert [said[-1].images, said[-1].written, said[0].written] == [64, True, words == 2]
 
 
 def test_a_shard_is_begun_while_the_one_before_is_published(app: App, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """What the jobs do with very many images, and the decoder with bombs.
 
-    python -m tests.benchmarks.scale [--only tiny listing bombs index] [--images 100000] [--keys 10000000]
+    python -m tests.benchmarks.scale [--only tiny listing bombs index cluster] [--images 100000] [--keys 10000000]
 
 tiny: PNGs of 16 px, files in a folder, through jobs.embed with a null encoder that answers [256, 4, 4], then `cellray
 verify`; the driver's memory is the most that it held alone. It takes a quarter of an hour, and has to be asked for.
 listing: a job's listing of so many keys, from a storage that makes them up; the most that its process ever held.
 index: the service's index of a data set with as many embeddings as keys: what its process holds more than before, an
 embedding, and the time in which one is found by its id, and by its image.
+cluster: tests/benchmarks/scale_cluster.py; it has to be asked for, too.
 bombs: the CPU time in which the slowest of tests/bad_images.py is refused, and the most memory that one took.
 """
 
@@ -28,7 +29,7 @@ from PIL import Image
 from cluster.storage import File
 from tests.bad_images import peak_mb
 
-PARTS = ("tiny", "listing", "bombs", "index")
+PARTS = ("tiny", "listing", "bombs", "index", "cluster")
 WANTED = {
     "tiny_driver_mb": 500.0,
     "tiny_verify_mb": 500.0,
@@ -170,7 +171,7 @@ def on_bombs(*_: object) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[1:], help="(default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[1:4], help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--keys", type=int, default=10_000_000, help="(default: %(default)s)")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
@@ -178,15 +179,18 @@ def main() -> None:
     if arguments.inside:
         print(json.dumps(inside(*arguments.inside)))
         return
+    from tests.benchmarks import scale_cluster
+
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cellray-bench-") as temporary:
-        parts, sizes = (on_tiny, on_listing, on_bombs, on_index), (arguments.images, arguments.keys, 0, arguments.keys)
+        parts = (on_tiny, on_listing, on_bombs, on_index, scale_cluster.on_cluster)
+        sizes = (arguments.images, arguments.keys, 0, arguments.keys, 0)
         for name, part, size in zip(PARTS, parts, sizes, strict=True):
             if name in arguments.only:
                 figures |= part(Path(temporary), size)
     from tests.benchmarks.nano import report
 
-    report("scale", figures, WANTED)
+    report("scale", figures, WANTED | scale_cluster.WANTED)
 
 
 if __name__ == "__main__":
