@@ -45,8 +45,7 @@ SHARD_ATTEMPTS = 3  # of a task whose worker died; before the last its images ar
 PROBE_ATTEMPTS = 2  # of an image: one that ends so many workers that do nothing else is left out
 BACKOFF_S = 1.0
 PROBE_PX = 64
-FIRST_WORD_S, WORDS_S = 1.0, 10.0  # a task tells its driver how far it is: first so soon, later this far apart
-GATHER_S = 2e-5  # a task: the driver lets words gather before it looks, in 2e-6 s a task
+FIRST_WORD_S, WORDS_S = 1.0, 5.0  # a task tells its driver how far it is: first so soon, later this far apart
 REPORT_SHARE = 0.05  # of the driver's time, at most: a report looks at all shards, of which there may be very many
 
 
@@ -257,9 +256,7 @@ def run(
                 stream = task.options(num_returns="streaming").remote(*arguments, *own)
                 running[stream] = index
             ready: list[Any] = ray.wait(list(running), timeout=1.0)[0] if running else []
-            if (
-                len(running) > 1 and ready
-            ):  # the others that have something by now: to look costs as much for all as for one
+            if ready and len(running) > 1:  # all that have something by now: to look costs as much for all as for one
                 ready = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
             for stream in ready:
                 index = running[stream]

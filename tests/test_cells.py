@@ -141,7 +141,7 @@ def test_a_job_finds_what_plain_python_finds(
     assert (Path(error["image_uri"]).name, error["error_type"]) == ("broken.png", "UnsupportedImage")
     (file,) = Path(out, "masks").glob("*.parquet")
     footer = pq.read_schema(file).metadata
-    assert (footer[b"licence"].decode(), footer[b"preprocess"]) == (LICENCE, b"cellsam-1")
+    assert (footer[b"cellray.licence"].decode(), footer[b"cellray.preprocess"]) == (LICENCE, b"cellsam-1")
 
 
 def _alike(rows: list[dict[str, Any]], expected: Cells) -> None:
