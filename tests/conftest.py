@@ -85,6 +85,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
         port = free_port()
         serve_config["http_options"]["port"] = free_port()
         serve_config["grpc_options"] = {"port": port, "grpc_servicer_functions": [GRPC], "enable_reflection": False}
+        session.AGENT_PORT = free_port()  # tests run in several processes, which start at the same time
         with session.local(serve_config, print, free_port()) as started:
             # Ray has put handlers of its own in the place of pytest's, and what they write is captured and lost.
             faulthandler.enable(pytestconfig.stash[fault_handler_stderr_fd_key])

@@ -23,7 +23,6 @@ CHANNELS = 3  # red, green, blue; or nothing, nuclei, whole cells
 BRIGHTEST = 99.9  # percentile of a channel's pixels above 0; what is brighter is cut off
 KERNEL = 128  # pixels: contrast is equalised over squares of this
 BLOCK_SIZES = 64, 4096  # pixels
-BAND = 512  # pixels: side of the windows of an image that are looked at first
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Pixels:
         if options.compat:
             raise InvalidInput("compat needs a whole image, and this one is too large for it")
         self.size = image.size
-        found = np.array(list(_extremes(image)))
+        found = np.array(list(_extremes(image, options.block_size)))
         self.extremes = np.stack([found[..., 0].min(0), found[..., 1].max(0)], 1)
 
     @property
@@ -121,12 +120,12 @@ class Pixels:
         return normalise(channels(seen, self.extremes))
 
 
-def _extremes(image: Windows) -> Iterator[np.ndarray]:
-    """`extremes` of an image by windows; damaged ones are left out, unless all are: their tiles will say so."""
+def _extremes(image: Windows, side: int) -> Iterator[np.ndarray]:
+    """`extremes` of windows of `side` pixels; damaged ones are left out, unless all are: their tiles will say so."""
     (height, width), problem, sound = image.size, None, False
-    for top, left in product(range(0, height, BAND), range(0, width, BAND)):
+    for top, left in product(range(0, height, side), range(0, width, side)):
         try:
-            yield extremes(image.read(slice(top, min(top + BAND, height)), slice(left, min(left + BAND, width))))
+            yield extremes(image.read(slice(top, min(top + side, height)), slice(left, min(left + side, width))))
             sound = True
         except InvalidImage as error:
             problem = error
