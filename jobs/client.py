@@ -44,12 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed.add_argument("images", metavar="FILE", nargs="+", type=Path)
     embed.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write to")
     embed.set_defaults(act=_embed)
-    segment = actions.add_parser("segment", help="masks of one image from boxes and points")
+    segment = actions.add_parser("segment", help="masks of one image from boxes and points, or of all its cells")
     segment.add_argument(
         "--box", action="append", type=_numbers(4), metavar="X0,Y0,X1,Y1", help="an object; may repeat"
     )
     segment.add_argument("--point", action="append", type=_numbers(2), metavar="X,Y", help="a point on the one object")
     segment.add_argument("--off", action="append", type=_numbers(2), metavar="X,Y", help="a point off it")
+    segment.add_argument("--cells", action="store_true", help="every cell, by a CellSAM as --model")
     segment.add_argument("--multimask", action="store_true", help="three masks a prompt: whole, part, subpart")
     segment.set_defaults(act=_segment)
     automask = actions.add_parser("automask", help="masks of every object of one image")
@@ -104,8 +105,12 @@ def _embed(client: Client, arguments: Any) -> int:
 
 def _segment(client: Client, arguments: Any) -> int:
     points = [*(arguments.point or []), *(arguments.off or [])]
+    if arguments.cells:
+        if arguments.box or points or arguments.multimask:
+            raise InvalidInput("--cells finds them by itself: leave out boxes, points and --multimask")
+        return _write(_asked(client.segment, arguments, {"prompts": "cells"}), arguments.out)
     if not arguments.box and not arguments.point:
-        raise InvalidInput("nothing to segment: give --box or --point")
+        raise InvalidInput("nothing to segment: give --box or --point, or --cells")
     if points and len(arguments.box or [1]) > 1:
         raise InvalidInput("points belong to one object: give one --box with them, or none")
     labels = [1] * len(arguments.point or []) + [0] * len(arguments.off or [])
@@ -124,6 +129,8 @@ def _asked(call: Callable[..., Masks], arguments: Any, request: dict[str, Any]) 
     text, request = arguments.image, {**request, "model": arguments.model}
     if Path(text).is_file():
         return call(Path(text), **request)
+    if SHA256.fullmatch(text) and "prompts" in request:  # cells: the image counts, not the embedding
+        return call(image_id=text, **request)
     if not SHA256.fullmatch(text):
         return call(image_uri=text, **request)
     try:
@@ -140,7 +147,7 @@ def _write(found: Masks, out: Path | None) -> int:
             "bbox": kept.boxes[index].tolist(),
             "area": int(kept.areas[index]),
             "predicted_iou": float(kept.predicted_iou[index]),
-            "stability_score": float(kept.stability[index]),
+            "stability_score": None if np.isnan(kept.stability[index]) else float(kept.stability[index]),
             "prompt_index": int(kept.prompt_index[index]),
         }
         for index in range(len(kept))

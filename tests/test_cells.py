@@ -23,7 +23,7 @@ from skimage import data
 
 from cluster import settings
 from cluster.storage import Storage
-from jobs import segment
+from jobs import cli, segment
 from serve_app import dataset, models
 from serve_app.model import cell_masks, cells, checkpoint, masks
 from serve_app.model.cell_masks import Boxes, Cells
@@ -254,3 +254,14 @@ def test_outlines_are_those_of_the_label_image(served: Served, images: dict[str,
     _, boxes = masks.areas_and_boxes(made.counts, made.size)
     assert np.array_equal(made.boxes, boxes)
     assert len(cell_masks.outlined([], (4, 5))) == 0
+
+
+def test_from_the_shell(served: Served, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, out = str(folder / "two.tif"), tmp_path / "cells.json"
+    arguments = ["client", "--url", served.http, "--model", "cells", "segment", "--cells", image]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["masks"]
+    assert capsys.readouterr().out.count("\n") == len(found) > 0
+    assert {row["stability_score"] for row in found} == {None}
+    assert cli.main([*arguments, "--box", "1,2,30,40"]) == 2
+    assert "--cells finds them by itself" in capsys.readouterr().err

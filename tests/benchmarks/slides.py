@@ -1,11 +1,15 @@
-"""A whole slide: read by windows, and its label images written, without the model in between.
+"""A whole slide: read by windows, its tiles' cells joined, its label images written; and a smaller one through the job.
 
-    python -m tests.benchmarks.slides [--side 40000] [--cells 500000]
+    python -m tests.benchmarks.slides [--side 40000] [--cells 500000] [--job-side 8000]
 
 The slide is a tiled, deflated RGB TIFF of synthetic fields of cells. It is read as CellSAM's tiles are, squares of
 512 px that overlap by 112, row by row. The data set has rows as jobs.segment writes them, of discs with 17 to 43 px
 across, whose RLE is of the whole slide; `cellray export` makes a tiled TIFF, OME-Zarr and COCO of it, and the TIFF is
-compared with the discs. Each part runs in a process of its own: `_mb` is the most memory that it held alone.
+compared with the discs. For `join` the tiles see such discs, apart from each other, as if a model had found them; each
+is to come out once and whole. Each part runs in a process of its own: `_mb` is the most memory that it held alone.
+
+`job` is `jobs.segment` with a small CellSAM of random weights behind the app, which reads the TIFF by windows; its
+`job_mb` is that of the task.
 """
 
 from __future__ import annotations
@@ -20,16 +24,26 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-WANTED = {"read_mb": 2000.0, "labels_mb": 2000.0, "zarr_mb": 2000.0, "coco_mb": 2000.0}
+WANTED = {
+    "read_mb": 2000.0,
+    "join_mb": 2000.0,
+    "job_mb": 2000.0,
+    "labels_mb": 2000.0,
+    "zarr_mb": 2000.0,
+    "coco_mb": 2000.0,
+}
 FIELD, TILE = 2048, 512  # px
 SEEN, STEP = 512, 400  # px: a model's tile, and from one to the next
 RADII = range(8, 22)  # px, of discs
 ROWS = 4096  # of a batch
 CHECKED = 8  # windows of FIELD px
-PARTS = ("read", "labels", "zarr", "coco")
+PITCH = 56  # px, from disc to disc where they are apart
+PARTS = ("read", "join", "labels", "zarr", "coco", "job")
+MODEL = "cells"
 
 
 def slide(path: Path, side: int) -> None:
@@ -154,6 +168,8 @@ def inside(part: str, words: list[str]) -> dict[str, float]:
     try:
         if part == "read":
             figures["pixels"] = read(Path(words[0]))
+        elif part == "join":
+            figures["whole"] = join(int(words[0]))
         else:
             from jobs import cli
 
@@ -173,6 +189,81 @@ def read(path: Path) -> float:
             for column in range(0, found.size[1], STEP):
                 pixels += found.read(slice(row, row + SEEN), slice(column, column + SEEN))[..., 0].size
     return pixels
+
+
+def join(side: int) -> float:
+    """The share of discs that come out of the tiles once, and whole."""
+    from serve_app.model import cell_masks, seams
+    from serve_app.model.cellsam import Options
+
+    options, count = Options(), side // PITCH
+    random = np.random.default_rng(0)
+    radii = random.choice(RADII, (count, count))
+    spots = PITCH * np.stack(np.mgrid[:count, :count], -1) + PITCH // 2 + random.integers(-5, 6, (count, count, 2))
+    places = seams.tiles((side, side), options)
+    running, seen = seams.Seams(places, options), np.zeros((count, count), np.int64)
+    for place in places:
+        for cell in running.add(_seen(place, spots, radii)):
+            assert cell.mask is not None
+            row, column = ((cell.corner[axis] + cell.mask.shape[axis] // 2) // PITCH for axis in (0, 1))
+            whole = (
+                cell.mask.shape == (2 * radii[row, column] + 1,) * 2
+                and cell.mask.sum() == disc(radii[row, column]).sum()
+            )
+            seen[row, column] += 1 if whole else 2
+            assert cell_masks.outlined([cell], (side, side)).areas[0] == cell.mask.sum()
+    return float((seen == 1).mean())
+
+
+def _seen(place: Any, spots: np.ndarray, radii: np.ndarray) -> Any:
+    """What a model would answer that finds all that there is in a tile."""
+    from serve_app.model.cell_masks import Cells
+
+    rows, columns = place.seen
+    margin = 64
+    labels = np.zeros((rows.stop - rows.start + 2 * margin, columns.stop - columns.start + 2 * margin), np.int32)
+    first, last = ([max(0, getattr(one, end) // PITCH - 1) for one in place.seen] for end in ("start", "stop"))
+    near = slice(first[0], last[0] + 3), slice(first[1], last[1] + 3)
+    boxes: list[list[float]] = []
+    for (y, x), radius in zip(spots[near].reshape(-1, 2), radii[near].ravel(), strict=True):
+        top, left = y - radius - rows.start + margin, x - radius - columns.start + margin
+        width = 2 * radius + 1
+        if min(top, left) < 0 or top + width > labels.shape[0] or left + width > labels.shape[1]:
+            continue
+        labels[top : top + width, left : left + width][disc(radius)] = len(boxes) + 1
+        boxes.append([left - margin, top - margin, left - margin + width, top - margin + width])
+    labels = labels[margin:-margin, margin:-margin]
+    there = np.unique(labels[labels > 0])
+    numbers = np.zeros(len(boxes) + 1, np.int32)
+    numbers[there] = np.arange(1, len(there) + 1)
+    ones = np.ones(len(there), np.float32)
+    found = np.array(boxes, np.float32).reshape(-1, 4)[there - 1]
+    return Cells(numbers[labels], found, ones, ones, np.zeros((len(there), 256), np.float32))
+
+
+def job(folder: Path, side: int) -> dict[str, float]:
+    """jobs.segment on a slide of `side` px with random weights."""
+    import yaml
+
+    from cluster import session
+    from jobs import segment
+
+    slide(folder / "slide.tif", side)
+    config, out = folder / "cellray.yaml", folder / "cells"
+    model = {"source": "seeded:nano_cellsam:0", "cells": True}
+    config.write_text(yaml.safe_dump({"models": {MODEL: model}, "limits": {"image_pixels": 1 << 22}}))
+    made = yaml.safe_load(Path("deploy/serve.local.yaml").read_text())
+    (application,) = made["applications"]
+    application["args"] = {"models": [MODEL], "config": str(config)}
+    names = ["ingress", *(f"{MODEL}-{part}" for part in ("encoder", "decoder", "cellfinder"))]
+    application["deployments"] = [{"name": name, "ray_actor_options": {"num_cpus": 0}} for name in names]
+    with session.local(made, print):
+        arguments = ["--model", MODEL, "--config", str(config), "--bbox-threshold", "0.9", "--parallel", "1"]
+        assert segment.main([str(folder / "slide.tif"), str(out), *arguments]) == 0
+    said = json.loads((out / "_report-segment.json").read_text())
+    tiles, seconds = said["encoder_calls"], said["seconds"]
+    figures = {"job_tiles": tiles, "job_cells": said["masks"], "job_errors": said["errors"], "job_s": seconds}
+    return figures | {"job_mb": said["task_memory_mb"], "job_driver_mb": said["driver_memory_mb"]}
 
 
 def check(path: Path, side: int, count: int) -> float:
@@ -212,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=40_000, help="of the slide, px (default: %(default)s)")
     parser.add_argument("--cells", type=int, default=500_000, help="of the data set (default: %(default)s)")
+    parser.add_argument("--job-side", type=int, default=8000, help="of the job's slide, px (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all of them)")
     arguments = parser.parse_args()
     side, cells, figures = arguments.side, arguments.cells, dict[str, float]()
@@ -224,7 +316,11 @@ def main() -> None:
             print(f"{side} × {side} × 3, {size / 1e6:.0f} MB: read in {found['s']:.0f} s", flush=True)
             figures |= {"read_mb": found["mb"], "read_s": found["s"], "read_mpx_s": found["pixels"] / found["s"] / 1e6}
             (folder / "slide.tif").unlink()
-        exports = [part for part in PARTS[1:] if part in arguments.only]
+        if "join" in arguments.only:
+            found = own("join", side)
+            figures |= {"join_whole": found["whole"], "join_mb": found["mb"], "join_s": found["s"]}
+            print(f"tiles of {side} × {side} joined in {found['s']:.0f} s", flush=True)
+        exports = [part for part in ("labels", "zarr", "coco") if part in arguments.only]
         if exports:
             data_set(folder / "out", side, cells)
             print(f"a data set of {cells:,} masks", flush=True)
@@ -237,7 +333,9 @@ def main() -> None:
             if part == "labels":
                 figures["labels_file_mb"] = (to / "slide.tif").stat().st_size / 1e6
                 figures["labels_as_drawn"] = check(to / "slide.tif", side, cells)
-    report("slides", figures, WANTED | {"labels_as_drawn": 1.0})
+        if "job" in arguments.only:
+            figures |= job(folder, arguments.job_side)
+    report("slides", figures, WANTED | {"labels_as_drawn": 1.0, "join_whole": 1.0})
 
 
 if __name__ == "__main__":
