@@ -45,7 +45,7 @@ SHARD_ATTEMPTS = 3  # of a task whose worker died; before the last its images ar
 PROBE_ATTEMPTS = 2  # of an image: one that ends so many workers that do nothing else is left out
 BACKOFF_S = 1.0
 PROBE_PX = 64
-FIRST_WORD_S, WORDS_S = 1.0, 5.0  # a task tells its driver how far it is: first so soon, later this far apart
+FIRST_WORD_S, WORDS_S = 1.0, 10.0  # a task tells its driver how far it is: first so soon, later this far apart
 REPORT_SHARE = 0.05  # of the driver's time, at most: a report looks at all shards, of which there may be very many
 
 

@@ -75,7 +75,6 @@ class ModelInfo:
     channels: int
     encoder_sha256: str
     decoder_sha256: str
-    detector_sha256: str
     licence: str
     trained: bool
     runtime: str
@@ -83,6 +82,7 @@ class ModelInfo:
     dtype: str
     preprocess: str = PREPROCESS
     warning: str = ""
+    detector_sha256: str = ""
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:

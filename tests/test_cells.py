@@ -21,7 +21,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from safetensors.torch import save_file
 from skimage import data
 
-from cluster import settings
+from cluster import settings, telemetry
 from cluster.storage import Storage
 from jobs import cli, segment
 from serve_app import dataset, models
@@ -220,6 +220,11 @@ def test_over_http(served: Served, images: dict[str, np.ndarray], folder: Path) 
         assert found["masks"][0]["box_score"] == pytest.approx(expected.box_scores[0], abs=1e-3)
         plane = np.asarray(Image.open(io.BytesIO(_ask(served, content, asked, "image/png").content)))
         assert ((plane > 0) == (expected.labels > 0)).mean() > 0.99
+    end, told = time.monotonic() + PATIENCE_S, ""
+    while not all(f"{name}_count{{" in told for name in (telemetry.CELLFINDER_SECONDS, telemetry.CELLS_SECONDS)):
+        assert time.monotonic() < end, told
+        time.sleep(1)
+        told = httpx.get(f"{served.http}/metrics", timeout=60).text
     listed = {one["name"]: one for one in httpx.get(f"{served.http}/v1/models", timeout=60).json()}
     assert [listed[name]["cells"] for name in ("nano", "cells")] == [False, True]
     assert listed["cells"]["licence"] == LICENCE

@@ -298,7 +298,7 @@ def test_a_drag_is_a_box_and_a_second_one_the_next_object(screen: Screen, coins:
 
 def test_everything_is_found_and_taken_home(screen: Screen, coins: Path) -> None:
     screen.open(coins)
-    screen.page.get_by_text("Options").click()
+    screen.page.locator(".grid summary").click()
     screen.page.get_by_label("Points a side").fill("12")
     screen.page.get_by_role("button", name="Segment everything").click()
     expect(screen.page.locator("#status")).to_have_text(re.compile(r"\d+ objects found"), timeout=2 * WAIT_MS)
