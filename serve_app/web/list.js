@@ -66,6 +66,7 @@ function fill(row, one, selected) {
   part("hide").ariaPressed = String(one.hidden);
   if (input !== document.activeElement) input.value = one.label;
   part("score").textContent = mask ? mask.predicted_iou.toFixed(2) : "";
-  part("score").title = mask ? `predicted IoU; stability ${mask.stability_score.toFixed(2)}` : "";
+  const [name, value] = mask?.box_score == null ? ["stability", mask?.stability_score] : ["box", mask.box_score];
+  part("score").title = mask ? `predicted IoU; ${name} ${value.toFixed(2)}` : "";
   part("area").textContent = mask ? `${mask.area.toLocaleString("en")} px` : "";
 }
