@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ import pytest
 import tifffile
 import yaml
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from safetensors.torch import save_file
 from skimage import data
@@ -35,7 +32,6 @@ from serve_app.model.cellsam import Options
 from serve_app.model.paint import paint
 from tests import cellsam_oracle
 from tests.conftest import CELLS, LICENCE, App
-from tests.test_page import CHROMIUM
 
 OPTIONS = Options(bbox_threshold=0.82, block_size=128, overlap=32)
 ARGUMENTS = ["--bbox-threshold", "0.82", "--block-size", "128", "--overlap", "32"]
@@ -274,29 +270,3 @@ def test_from_the_shell(served: Served, folder: Path, tmp_path: Path, capsys: py
     assert {row["stability_score"] for row in found} == {None}
     assert cli.main([*arguments, "--box", "1,2,30,40"]) == 2
     assert "--cells finds them by itself" in capsys.readouterr().err
-
-
-def test_the_page_segments_every_cell(served: Served, folder: Path) -> None:
-    complaints: list[str] = []
-    arguments = ["--no-sandbox"] if os.getuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = browser.new_page()
-        page.on("console", lambda said: said.type in ("error", "warning") and complaints.append(said.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(served.http)
-        expect(page.locator(".grid")).to_be_visible()
-        page.locator("#model").select_option(CELLS)
-        expect(page.locator(".grid")).to_be_hidden()
-        page.locator("#file").set_input_files(folder / "two.tif")
-        page.locator(".cells summary").click()
-        page.locator("[name=bbox_threshold]").fill("0.82")
-        button = page.locator(".all [data-do=everything]")
-        expect(button).to_have_text("Segment every cell")
-        expect(page.locator("#busy")).to_be_hidden(timeout=1000 * PATIENCE_S)
-        button.click()
-        expect(page.locator("#list .score").first).to_have_attribute(
-            "title", re.compile("box 0"), timeout=1000 * PATIENCE_S
-        )
-        browser.close()
-    assert complaints == []
