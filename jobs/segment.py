@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(job: Job) -> int:
     arguments = job.arguments
     given = {name: value for name in (*CELLS, "overlap") if (value := getattr(arguments, name)) is not None}
-    cells = None
+    info = cells = None
     if arguments.prompts is None and arguments.grid is None and arguments.embeddings is None:
         info = replicas.connect(arguments.model)
         cells = CellOptions(**given) if replicas.finds_cells(info.name) else None
@@ -124,7 +124,7 @@ def _run(job: Job) -> int:
     if arguments.mode == driver.RETRY:
         entries = failed(before, entries)
     listing = Listing(islice(entries, arguments.limit), arguments.shard_images)
-    info = replicas.connect(arguments.model)
+    info = info or replicas.connect(arguments.model)
     stored = None
     if arguments.embeddings:
         stored = StoredEmbeddings(arguments.embeddings, job.storage, info, listing, job.input)
