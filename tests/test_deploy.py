@@ -61,6 +61,13 @@ def test_the_rayservice_has_the_gpu_app_word_for_word() -> None:
     assert other[0][0].startswith("      config: null")
 
 
+@pytest.mark.parametrize("name", SERVE)
+def test_every_deployment_scales_and_its_queue_has_a_bound(name: str) -> None:
+    (application,) = serve_config.read(deploy.DEPLOY / name)["applications"]
+    assert all(one["autoscaling_config"] for one in application["deployments"])
+    assert all(one["max_queued_requests"] > 0 for one in application["deployments"])
+
+
 def test_what_asks_for_gpus() -> None:
     (application,) = FILES["serve.gpu.yaml"][0]["applications"]
     gpus = {one["name"]: one["ray_actor_options"].get("num_gpus", 0) for one in application["deployments"]}
