@@ -221,7 +221,7 @@ def misspell(node: Any, path: tuple[Any, ...]) -> None:
 @pytest.mark.skipif(bool(kuberay.absent()), reason=kuberay.absent() or "-")
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_misspelt_key_is_found(name: str, data: st.DataObject) -> None:
     docs = copy.deepcopy(FILES[name])
     misspell(docs, data.draw(st.sampled_from([*keys(docs)])))

@@ -28,7 +28,7 @@ def test_more_masks_than_a_byte_counts_have_areas_and_boxes() -> None:
     assert boxes.tolist() == [[3, 2, 4, 3]] * 300
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(found=some_masks(), tall=st.integers(1, 50), group=st.integers(1, 100), seed=st.integers(0, 9))
 def test_what_is_read_of_strings_is_what_was_written(found: np.ndarray, tall: int, group: int, seed: int) -> None:
     size, count = (found.shape[1], found.shape[2]), len(found)
@@ -58,7 +58,7 @@ def test_what_is_read_of_strings_is_what_was_written(found: np.ndarray, tall: in
     np.testing.assert_array_equal(np.concatenate(made), expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.one_of(st.text(max_size=20), st.text("0123456789:;<=>?@ABOPQRSTUVWXYZ_`abcdefghijklmno", max_size=20)))
 def test_damage_is_found_and_stays_with_its_string(text: str) -> None:
     size = (20, 20)

@@ -75,7 +75,7 @@ def layouts(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
     return pixels if separate else np.moveaxis(pixels, 0, -1), options
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(layout=layouts(), places=st.tuples(*[st.integers(-20, 170)] * 4), orientation=st.integers(1, 8))
 def test_a_window_is_what_a_whole_read_has_there(
     tmp_path_factory: pytest.TempPathFactory,
@@ -369,7 +369,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert words in str(caught.value), name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     flips=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), min_size=1, max_size=4),
     tile=st.booleans(),
