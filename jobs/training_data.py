@@ -17,10 +17,10 @@ from cluster.storage import Storage
 from jobs.labels import Objects
 from serve_app import dataset
 from serve_app.model import masks, preprocess, training_samples
-from serve_app.model.checkpoint import Architecture
+from serve_app.model.architectures import Architecture
 from serve_app.model.training_samples import Sample
 
-OBJECTS = 12  # prompted for in one image and step
+OBJECTS = 16  # prompted for in one image and step
 MOST_VALIDATED = 64  # images
 SYNTHETIC = "synthetic"
 FIELD_PX = 512
@@ -31,8 +31,8 @@ EASY, EASY_FIELDS = "nuclei", 600  # from scratch, ever fewer of the first field
 # and background differ least from image to image an encoder learns to look; from all kinds at once, only to fill boxes
 FIELDS_HELD, CROPS_A_FIELD = 24, 16  # a field is read once for several crops, of which neighbours in time are few
 SMALL_WINDOWS = 0.75  # of the training, in which most windows are a half of the input: four times as fast
-LEAST_LOGITS = 16.0  # that an object covers in a crop: of smaller ones nothing is learnt
-ACROSS = 16, 72  # input pixels: how large a crop's zoom makes the image's typical object
+LEAST_LOGITS = 4.0  # that an object covers in a crop: of smaller ones nothing is learnt
+ACROSS = 12, 56  # input pixels: how large a crop's zoom makes the image's typical object
 ZOOM = 0.5, 4.0  # input pixels a pixel of the image, at least and at most
 LONGEST = 2.0  # long side over short one, of crops that do not fill the input
 

@@ -16,7 +16,7 @@ from cluster.errors import CellrayError, InvalidCheckpoint, InvalidSettings, Not
 from cluster.settings import ModelSettings, Settings, WeightsSettings
 from cluster.storage import Storage, join, mapped
 from serve_app.contract import ModelInfo
-from serve_app.model import checkpoint, state
+from serve_app.model import checkpoint, modules, state
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def read(model: ModelSettings, settings: Settings) -> tuple[checkpoint.State, st
         halves = (checkpoint.load_half(folder, half, card) for half in (checkpoint.ENCODER, checkpoint.DECODER))
         return {name: tensor for half in halves for name, tensor in half.items()}, card.source_sha256, card.trained
     if weights.is_seeded(model.source):
-        made = checkpoint.seeded(*weights.seed_of(model.source))
+        made = modules.seeded(*weights.seed_of(model.source))
         return made, hashlib.sha256(model.source.encode()).hexdigest(), False
     kept = Path(settings.weights_dir).expanduser()
     with weights.fetched(model, Storage(settings.storage), kept) as (path, digest):

@@ -23,15 +23,17 @@ import numpy as np
 import torch
 from skimage import data
 
-from serve_app.model import cellsam_names, checkpoint, masks
+from serve_app.model import architectures, cellsam_names, masks, modules
+from serve_app.model.architectures import SAMS, Architecture, DetectorSizes
 from serve_app.model.cellsam import Options
-from serve_app.model.checkpoint import ARCHITECTURES, Architecture, DetectorSizes, State
+from serve_app.model.checkpoint import State
 
 GOLDEN = Path(__file__).with_name("cellsam_golden.json")
 SEED, BOXES, SHOWN = 7, 40, 64
 ANSWERED = "two"  # of the images: the one whose boxes and cells are kept, too
 TILES, TILE_BOXES, TILED_ROWS = Options(block_size=160, overlap=40, compat=True), 20, 160
-FULL = ARCHITECTURES["sam_vit_b"], checkpoint.CELLSAMS["cellsam"][1]
+FULL = SAMS["sam_vit_b"], architectures.CELLSAMS["cellsam"][1]
+NANO = SAMS["nano"], architectures.CELLSAMS["nano_cellsam"][1]
 SHALLOW = replace(FULL[0], depth=2, global_blocks=(1,))
 SMALL = SHALLOW, replace(FULL[1], backbone=SHALLOW, encoder_layers=2, decoder_layers=2, anchors=400)
 
@@ -42,7 +44,7 @@ def installed() -> bool:
 
 def weights(sizes: tuple[Architecture, DetectorSizes], seed: int = SEED) -> State:
     """Random weights by our names; such that boxes are of several sizes, masks have edges, and some are dropped."""
-    state = checkpoint.drawn(*sizes, seed)
+    state = modules.drawn(*sizes, seed)
     state["mask_decoder.iou_prediction_head.layers.2.bias"] += 0.71
     state["mask_decoder.output_hypernetworks_mlps.0.layers.2.weight"] *= 40
     state["detector.transformer.bbox_embed.layers.2.weight"] *= 15
@@ -76,8 +78,7 @@ def built(state: State, sizes: tuple[Architecture, DetectorSizes]) -> Any:
     sam, detector = sizes
 
     def vit_b() -> Any:
-        modules = checkpoint.build_encoder(sam), *checkpoint.build_decoder(sam)
-        return segment_anything.modeling.Sam(*modules)
+        return segment_anything.modeling.Sam(modules.build_encoder(sam), *modules.build_decoder(sam))
 
     def sized(args: Any) -> Any:
         args.enc_layers, args.dec_layers = detector.encoder_layers, detector.decoder_layers

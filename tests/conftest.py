@@ -22,15 +22,17 @@ import hypothesis
 import pytest
 import yaml
 from _pytest.faulthandler import fault_handler_stderr_fd_key
+from safetensors.torch import save_file
 
 from jobs import samples
+from tests import cellsam_oracle
 from tests.s3 import server
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("untimed")
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
-CELLS, LICENCE = "cells", "CellSAM's own, for the tests"  # a model that is served where a test asks for it
+CELLS, LICENCE = "cells", "CellSAM's own, for the tests"  # a model that is served beside nano
 LONG = ("under_load", "faults", "cells", "jobs", "shards", "finetune", "nodes", "up", "session", "canary", "page")
 GRPC = "serve_app.oip_messages.add_to_server"
 
@@ -66,22 +68,29 @@ def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[App]:
-    """The app of deploy/serve.local.yaml on a Ray of this session."""
+    """The app of deploy/serve.local.yaml, and a small CellSAM in it, on a Ray of this session."""
     from cluster import session
 
     folder = tmp_path_factory.mktemp("app")
     with server(folder) as endpoint:
         dataset, shown = str(folder / "dataset"), str(folder / "shown")
+        weights = folder / f"{CELLS}.safetensors"
+        save_file(cellsam_oracle.weights(cellsam_oracle.NANO), weights)
         settings = {
             "storage": {"endpoint_url": endpoint, "attempts": 2},
             "datasets": [dataset, shown],
             "limits": {"image_bytes": 8 << 20},
-            "models": {CELLS: {"source": str(folder / f"{CELLS}.safetensors"), "licence": LICENCE, "cells": True}},
+            "models": {CELLS: {"source": str(weights), "licence": LICENCE, "cells": True}},
         }
         config = folder / "cellray.yaml"
         config.write_text(yaml.safe_dump(settings))
         serve_config = yaml.safe_load((DEPLOY / "serve.local.yaml").read_text())
-        serve_config["applications"][0]["args"]["config"] = str(config)
+        (served,) = serve_config["applications"]
+        served["args"] = {"models": ["nano", CELLS], "config": str(config)}
+        scaled = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}
+        served["deployments"] += [
+            {"name": f"{CELLS}-{part}", **scaled} for part in ("encoder", "decoder", "cellfinder")
+        ]
         port = free_port()
         serve_config["http_options"]["port"] = free_port()
         serve_config["grpc_options"] = {"port": port, "grpc_servicer_functions": [GRPC], "enable_reflection": False}
@@ -102,6 +111,10 @@ def shown(app: App, sample_images: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first, so that no process waits for one at the end."""
+    """Files that take long first, so that no process waits for one at the end; of several processes, one has all that
+    need the app."""
     place = {f"test_{name}.py": index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+    served = {item.path for item in items if "app" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("app" if item.path in served else item.path.name))

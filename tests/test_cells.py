@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,17 @@ import pytest
 import tifffile
 import yaml
 from PIL import Image
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from safetensors.torch import save_file
 from skimage import data
 
 from cluster import settings, telemetry
 from cluster.storage import Storage
 from jobs import cli, segment
 from serve_app import dataset, models
-from serve_app.model import cell_masks, cells, checkpoint, masks
+from serve_app.model import cell_masks, cells, masks
 from serve_app.model.cell_masks import Boxes, Cells
 from serve_app.model.cells import CellSAM
 from serve_app.model.cellsam import Options
 from serve_app.model.paint import paint
-from tests import cellsam_oracle
 from tests.conftest import CELLS, LICENCE, App
 
 OPTIONS = Options(bbox_threshold=0.82, block_size=128, overlap=32)
@@ -59,34 +55,14 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(app: App, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = Path(app.config).parent
-    sizes = checkpoint.ARCHITECTURES["nano"], checkpoint.CELLSAMS["nano_cellsam"][1]
-    save_file(cellsam_oracle.weights(sizes), folder / f"{CELLS}.safetensors")
-    made = yaml.safe_load(Path(app.config).read_text())
-    config = folder / "slides.yaml"
-    config.write_text(yaml.safe_dump({**made, "limits": {"image_pixels": 300 * 300}}))
-    client = ServeSubmissionClient(app.dashboard)
-    before = client.get_serve_details()["applications"]["cellray"]["deployed_app_config"]
-    scaled = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}
-    added = [{"name": f"cells-{part}", **scaled} for part in ("encoder", "decoder", "cellfinder")]
-    args = {"models": ["nano", CELLS], "config": app.config}
-    _deploy(client, {**before, "args": args, "deployments": [*before["deployments"], *added]})
+def served(app: App) -> Served:
+    config = Path(app.config).with_name("slides.yaml")
+    config.write_text(
+        yaml.safe_dump({**yaml.safe_load(Path(app.config).read_text()), "limits": {"image_pixels": 300 * 300}})
+    )
     loaded = cells.load(models.prepare(settings.load(app.config), CELLS))
-    yield Served(app.http, str(config), AsServed(loaded.encoder, loaded.detector, loaded.decoder, loaded.device))
-    _deploy(client, before)
-
-
-def _deploy(client: ServeSubmissionClient, application: dict[str, Any]) -> None:
-    client.deploy_applications({"applications": [application]})
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        time.sleep(0.5)
-        found = client.get_serve_details()["applications"]["cellray"]
-        assert "FAILED" not in found["status"], found["message"]
-        if found["status"] == "RUNNING" and found["deployed_app_config"]["args"] == application["args"]:
-            return
-        assert time.monotonic() < deadline, found
+    model = AsServed(loaded.encoder, loaded.detector, loaded.decoder, loaded.device)
+    return Served(app.http, str(config), model)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from jobs import cli
 from serve_app import dataset, models
 from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.model import checkpoint, masks, onnx
+from serve_app.model import checkpoint, masks, modules, onnx
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.masks import MaskSet
 from tests import cellsam_oracle
@@ -27,7 +27,7 @@ from tests import cellsam_oracle
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    torch.save(checkpoint.seeded("nano", 3), path)
+    torch.save(modules.seeded("nano", 3), path)
     return path
 
 
@@ -37,7 +37,7 @@ def test_extract_says_where_every_parameter_went(
     assert cli.main(["extract", str(nano), str(tmp_path / "out"), "--licence", "CC0"]) == 0
     printed = capsys.readouterr().out
     encoder, decoder = (load_file(tmp_path / "out" / f"{half}.safetensors") for half in ("encoder", "decoder"))
-    state = checkpoint.seeded("nano", 3)
+    state = modules.seeded("nano", 3)
     assert encoder.keys() | decoder.keys() == state.keys()
     assert not encoder.keys() & decoder.keys()
     assert all(name.startswith("image_encoder.") for name in encoder)
@@ -83,7 +83,7 @@ def test_extract_refuses_what_is_no_checkpoint(nano: Path, tmp_path: Path, capsy
 
 
 def test_extract_takes_folders_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = checkpoint.seeded("nano", 3)
+    state = modules.seeded("nano", 3)
     folder = tmp_path / "saved"
     folder.mkdir()
     halves = [dict(list(state.items())[index::2]) for index in range(2)]
@@ -136,9 +136,7 @@ def test_export_onnx_of(source: str, nano: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(onnx, "export", export)
     (tmp_path / "a.onnx").write_bytes(b"before")
-    card = checkpoint.extract(
-        checkpoint.seeded("nano", 0), tmp_path / "split", source="seeded:nano:0", source_sha256=""
-    )
+    card = checkpoint.extract(modules.seeded("nano", 0), tmp_path / "split", source="seeded:nano:0", source_sha256="")
     if source == "a name":
         card = ModelCard.read(models.prepare(settings.load(environ={}), "nano"))
     model = "nano" if source == "a name" else str(tmp_path / "split")
@@ -187,7 +185,7 @@ def test_show_draws_images_masks_and_errors(tmp_path: Path, capsys: pytest.Captu
 
 def test_inspect_and_extract_a_cellsam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tree says who holds what, and counts every parameter; a modelconfig that does not fit is refused."""
-    theirs = cellsam_oracle.renamed(checkpoint.seeded("nano_cellsam", 0), 2)
+    theirs = cellsam_oracle.renamed(modules.seeded("nano_cellsam", 0), 2)
     torch.save(theirs, tmp_path / "cellsam.pt")
     assert cli.main(["inspect", str(tmp_path / "cellsam.pt")]) == 0
     shown = capsys.readouterr().out

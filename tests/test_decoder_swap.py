@@ -24,7 +24,7 @@ from jobs import replicas
 from jobs.shards import Pipeline, Progress
 from serve_app import deployments, models
 from serve_app.contract import ModelInfo
-from serve_app.model import checkpoint
+from serve_app.model import checkpoint, modules
 from serve_app.model.prompts import DecodeRequest, Prompts
 from serve_app.service import foreign
 from tests.conftest import App
@@ -38,7 +38,7 @@ def tuned(app: App, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The app's nano with another decoder, in one file as jobs.finetune writes it."""
     made = settings.load(app.config)
     state, _, _ = models.read(models.find(made, "nano"), made)
-    other = checkpoint.seeded("nano", 5)
+    other = modules.seeded("nano", 5)
     path = tmp_path_factory.mktemp("tuned") / "model.safetensors"
     save_file({name: (state if name.startswith("image_encoder.") else other)[name] for name in other}, path)
     return path

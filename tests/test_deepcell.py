@@ -23,7 +23,7 @@ from cluster.errors import CellrayError, Forbidden, InvalidCheckpoint, InvalidSe
 from cluster.settings import ModelSettings, Settings
 from jobs import cli
 from serve_app import models
-from serve_app.model import checkpoint
+from serve_app.model import modules
 from serve_app.model.checkpoint import ModelCard
 
 KEY, MEMBER = "models/cellsam-models_v1.2.tar.gz", "cellsam_v1.2/cellsam_general.pt"
@@ -56,7 +56,7 @@ def archive_of(files: dict[str, bytes]) -> bytes:
 @pytest.fixture(scope="module")
 def content() -> bytes:
     saved = io.BytesIO()
-    torch.save(checkpoint.seeded("nano", 1), saved)
+    torch.save(modules.seeded("nano", 1), saved)
     return saved.getvalue()
 
 

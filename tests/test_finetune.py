@@ -24,7 +24,7 @@ from jobs.training_loop import Request, Told, Training
 from serve_app import contract, dataset, models
 from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.model import checkpoint, decoder, masks, training_samples
+from serve_app.model import decoder, masks, modules, training_samples
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.prompts import DecodeRequest, Prompts
 from serve_app.model.training import Plan, Trainer
@@ -33,7 +33,7 @@ from tests.conftest import App
 from tests.weights_of_sam import extracted
 
 SIZE = 48, 64
-STATE = checkpoint.seeded("nano", 3)
+STATE = modules.seeded("nano", 3)
 
 
 def plane(seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from cluster.errors import InvalidCheckpoint, InvalidImage, InvalidInput, InvalidSettings
 from serve_app.model import (
+    architectures,
     cell_masks,
     cellfinder,
     cells,
@@ -28,6 +29,7 @@ from serve_app.model import (
     decoder,
     encoder,
     masks,
+    modules,
     paint,
     seams,
     state,
@@ -55,8 +57,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> CellSAM:
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
-    sizes = checkpoint.ARCHITECTURES["nano"], checkpoint.CELLSAMS["nano_cellsam"][1]
-    checkpoint.extract(cellsam_oracle.weights(sizes), folder, **SOURCE)
+    checkpoint.extract(cellsam_oracle.weights(cellsam_oracle.NANO), folder, **SOURCE)
     return folder
 
 
@@ -119,13 +120,13 @@ def test_refused_settings(nano: Path, tmp_path: Path) -> None:
         cellfinder.load(nano, "fast")
     with pytest.raises(InvalidSettings, match="computes in float32 on a CPU, not bfloat16"):
         cellfinder.load(nano, "torch", dtype="bfloat16")
-    checkpoint.extract(checkpoint.seeded("nano", 0), tmp_path, **SOURCE)
+    checkpoint.extract(modules.seeded("nano", 0), tmp_path, **SOURCE)
     with pytest.raises(InvalidCheckpoint, match="has no detector"):
         cells.load(tmp_path)
 
 
 def test_a_checkpoint_taken_apart(tmp_path: Path) -> None:
-    ours = checkpoint.seeded("nano_cellsam", 3)
+    ours = modules.seeded("nano_cellsam", 3)
     theirs = cellsam_oracle.renamed(ours, 2)
     torch.save({"state_dict": theirs, "epoch": 3}, tmp_path / "cellsam.pt")
     read = state.read(tmp_path / "cellsam.pt")
@@ -150,13 +151,13 @@ def test_a_checkpoint_taken_apart(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_lacks_a_part(tmp_path: Path) -> None:
-    made = checkpoint.seeded("nano_cellsam", 3)
+    made = modules.seeded("nano_cellsam", 3)
     del made["detector.transformer.decoder_layers.1.norm1.bias"]
     with pytest.raises(InvalidCheckpoint, match=r"detector\.transformer\.decoder_layers\.1: 1 missing"):
         checkpoint.extract(made, tmp_path / "out", **SOURCE)
-    sizes = checkpoint.CELLSAMS["nano_cellsam"][1]
+    sizes = architectures.CELLSAMS["nano_cellsam"][1]
     other = replace(sizes, backbone=replace(sizes.backbone, image_size=128))
-    made = checkpoint.drawn(checkpoint.ARCHITECTURES["nano"], other, 0)
+    made = modules.drawn(architectures.SAMS["nano"], other, 0)
     with pytest.raises(InvalidCheckpoint, match="the detector is for 128 px, the image encoder for 256 px"):
         checkpoint.extract(made, tmp_path / "out", **SOURCE)
 

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save
 from torchvision.models import resnet18
 
 from cluster.errors import InvalidCheckpoint
-from serve_app.model import checkpoint, decoder, encoder
+from serve_app.model import architectures, checkpoint, decoder, encoder, modules
 from serve_app.model import state as state_module
-from serve_app.model.checkpoint import ARCHITECTURES, ModelCard, State
+from serve_app.model.architectures import SAMS
+from serve_app.model.checkpoint import ModelCard, State
 from tests import weights_of_sam
 
 FILES = ("encoder.safetensors", "decoder.safetensors", "model.json")
@@ -36,7 +37,7 @@ SOURCE = {"source": "here", "source_sha256": "ab" * 32, "licence": "MIT"}
 
 @pytest.fixture(scope="module")
 def nano() -> State:
-    return checkpoint.seeded("nano", 1)
+    return modules.seeded("nano", 1)
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +68,26 @@ def refused(call: Callable[..., Any], *arguments: Any) -> str:
 # Recognised
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SAMS)
 def test_recognised_by_shapes_alone(name: str) -> None:
     with torch.device("meta"):
         state = weights_of_sam.build(name).state_dict()
-    assert checkpoint.recognise(state) == (name, ARCHITECTURES[name])
+    assert architectures.recognise(state) == (name, SAMS[name])
 
 
 def test_other_sizes_are_custom(nano: State) -> None:
     shallow = {name: tensor for name, tensor in nano.items() if not name.startswith("image_encoder.blocks.5.")}
-    family, sizes = checkpoint.recognise(shallow)
+    family, sizes = architectures.recognise(shallow)
     assert family == "custom"
-    assert sizes == replace(ARCHITECTURES["nano"], depth=5, global_blocks=(2,))
+    assert sizes == replace(SAMS["nano"], depth=5, global_blocks=(2,))
 
 
 def test_seeded_is_the_same_for_the_same_seed_only(nano: State) -> None:
-    again, other = checkpoint.seeded("nano", 1), checkpoint.seeded("nano", 2)
+    again, other = modules.seeded("nano", 1), modules.seeded("nano", 2)
     assert again.keys() == nano.keys() == weights_of_sam.build("nano").state_dict().keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in nano.items())
     assert not any(torch.equal(other[name], tensor) for name, tensor in nano.items())
-    assert "sam_vit_x" in refused(checkpoint.seeded, "sam_vit_x", 0)
+    assert "sam_vit_x" in refused(modules.seeded, "sam_vit_x", 0)
 
 
 # Split
@@ -113,7 +114,7 @@ def test_the_same_state_gives_the_same_bytes(nano: State, split: Path, tmp_path:
 def test_card_survives_the_file(nano: State, tmp_path: Path) -> None:
     card = checkpoint.extract(nano, tmp_path, trained=False, **SOURCE)
     assert ModelCard.read(tmp_path) == card
-    assert (card.family, card.architecture, card.trained) == ("nano", ARCHITECTURES["nano"], False)
+    assert (card.family, card.architecture, card.trained) == ("nano", SAMS["nano"], False)
     assert (card.source, card.source_sha256, card.licence) == tuple(SOURCE.values())
     assert card.encoder_sha256 != card.decoder_sha256
 

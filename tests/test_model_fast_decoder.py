@@ -17,7 +17,7 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from cluster.errors import InvalidSettings
-from serve_app.model import checkpoint, decoder
+from serve_app.model import decoder, modules
 from serve_app.model.decoder import Decoded, Decoder, ReferenceDecoder
 from serve_app.model.fast_decoder import FastDecoder
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module", params=["nano", "sam_vit_b"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return extracted(checkpoint.seeded(request.param, 5), tmp_path_factory.mktemp(request.param))
+    return extracted(modules.seeded(request.param, 5), tmp_path_factory.mktemp(request.param))
 
 
 only_nano = pytest.mark.parametrize("folder", ["nano"], indirect=True, scope="module")
@@ -107,7 +107,7 @@ def test_the_same_numbers_of_vit_b(both: Both, kind: str, multimask: bool) -> No
 @only_nano
 def test_masks_as_prompts_are_segment_anythings(reference: ReferenceDecoder) -> None:
     request = asked("all", 2, reference.card.architecture.grid, True)
-    sam = filled(reference.card.family, checkpoint.seeded(reference.card.family, 5))
+    sam = filled(reference.card.family, modules.seeded(reference.card.family, 5))
     predictor = SamPredictor(sam)
     predictor.features, predictor.is_image_set = torch.from_numpy(request.embedding)[None], True
     predictor.original_size = SIZE
@@ -238,7 +238,7 @@ def test_position_counts(both: Both) -> None:
 
 
 def test_auto_is_fast_where_it_can(tmp_path: Path) -> None:
-    state = checkpoint.seeded("nano", 0)
+    state = modules.seeded("nano", 0)
     best = "OpenVINODecoder" if find_spec("openvino") else "FastDecoder"
     assert type(decoder.load(extracted(state, tmp_path / "two"), "auto")).__name__ == best
     deeper = dict(state)
@@ -256,7 +256,7 @@ def test_models_with_other_outputs(runtime: str, tmp_path: Path) -> None:
     """Two masks beside the first, where segment_anything's have three."""
     if runtime == "openvino":
         pytest.importorskip("openvino")
-    state = checkpoint.seeded("nano", 5)
+    state = modules.seeded("nano", 5)
     for name in ("mask_tokens.weight", "iou_prediction_head.layers.2.weight", "iou_prediction_head.layers.2.bias"):
         state[f"mask_decoder.{name}"] = state[f"mask_decoder.{name}"][:3]
     fewer = {name: tensor for name, tensor in state.items() if "output_hypernetworks_mlps.3." not in name}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster.errors import InvalidSettings
-from serve_app.model import checkpoint, decoder, encoder
+from serve_app.model import checkpoint, decoder, encoder, modules
 from serve_app.model.encoder import ReferenceEncoder
 from serve_app.model.flash_encoder import FlashEncoder
 from tests.weights_of_sam import extracted, relative
@@ -25,7 +25,7 @@ def odd(state: checkpoint.State) -> checkpoint.State:
 
 @pytest.fixture(scope="module", params=["windows that fit", "padded windows"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    state = checkpoint.seeded("nano", 5)
+    state = modules.seeded("nano", 5)
     return extracted(odd(state) if "padded" in request.param else state, tmp_path_factory.mktemp("nano"))
 
 

@@ -23,7 +23,7 @@ from jobs import cli
 from jobs import gate as command
 from serve_app import contract, deployments
 from serve_app.deployments import DecoderReplica, EncoderReplica
-from serve_app.model import checkpoint, decoder, encoder, gate, preprocess
+from serve_app.model import decoder, encoder, gate, modules, preprocess
 from serve_app.model.decoder import Decoder
 from serve_app.model.encoder import Encoder
 from serve_app.model.gate import Model, Report
@@ -95,7 +95,7 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return extracted(checkpoint.seeded("nano", 5), tmp_path_factory.mktemp("nano"))
+    return extracted(modules.seeded("nano", 5), tmp_path_factory.mktemp("nano"))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_each_rule_of_float32_can_fail(
 
 @pytest.mark.parametrize("table", ["rel_pos_h", "rel_pos_w", "pos_embed"])
 def test_position_left_out_breaks_every_rule(reference: Model, images: Images, tmp_path: Path, table: str) -> None:
-    state = checkpoint.seeded("nano", 5)
+    state = modules.seeded("nano", 5)
     state |= {name: torch.zeros_like(tensor) for name, tensor in state.items() if name.endswith(table)}
     candidate = Model(encoder.load(extracted(state, tmp_path)), reference.decoder)
     assert broken(gate.run(reference, candidate, images[:1], "float32")) == FLOAT32
@@ -247,7 +247,7 @@ def picture(tmp_path: Path) -> str:
 
 def test_the_command_as_users_type_it(tmp_path: Path, picture: str) -> None:
     path = tmp_path / "nano.pth"
-    torch.save(checkpoint.seeded("nano", 1), path)
+    torch.save(modules.seeded("nano", 1), path)
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "gate", str(path), "--runtime", "reference", "--json", "--image", picture],
         capture_output=True,

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from cluster.errors import InvalidCheckpoint
-from serve_app.model import checkpoint, decoder, encoder, huggingface, state
-from serve_app.model.checkpoint import ARCHITECTURES, ModelCard, State
+from serve_app.model import architectures, checkpoint, decoder, encoder, huggingface, modules, state
+from serve_app.model.architectures import SAMS
+from serve_app.model.checkpoint import ModelCard, State
 from serve_app.model.prompts import DecodeRequest, Prompts
 from tests.weights_of_sam import relative
 
@@ -43,7 +44,7 @@ KINDS = {
 
 
 def configured(name: str, **decoder: Any) -> SamConfig:
-    sizes = ARCHITECTURES[name]
+    sizes = SAMS[name]
     return SamConfig(
         vision_config=SamVisionConfig(
             hidden_size=sizes.width,
@@ -150,10 +151,10 @@ def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
     with torch.device("meta"):
         theirs = SamModel(configured(name)).state_dict()
     renamed = dict(zip(huggingface.renamed(list(theirs)), theirs.values(), strict=True))
-    assert checkpoint.recognise(renamed) == (name, ARCHITECTURES[name])
-    modules = checkpoint.build_decoder(ARCHITECTURES["nano"])
+    assert architectures.recognise(renamed) == (name, SAMS[name])
+    prompts, _ = modules.build_decoder(SAMS["nano"])
     assert {name for name in renamed if name.startswith("prompt_encoder.")} == {
-        f"prompt_encoder.{key}" for key in modules[0].state_dict()
+        f"prompt_encoder.{key}" for key in prompts.state_dict()
     }
 
 

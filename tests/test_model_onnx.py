@@ -13,7 +13,7 @@ import torch
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from cluster.errors import InvalidCheckpoint, InvalidInput, InvalidSettings
-from serve_app.model import checkpoint, decoder, onnx
+from serve_app.model import decoder, modules, onnx
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.decoder import Decoder
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -42,7 +42,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return weights_of_sam.extracted(checkpoint.seeded("nano", 9), tmp_path_factory.mktemp("nano"))
+    return weights_of_sam.extracted(modules.seeded("nano", 9), tmp_path_factory.mktemp("nano"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_encoder_alone_has_nothing_to_export(tmp_path: Path) -> None:
-    state = {name: tensor for name, tensor in checkpoint.seeded("nano", 1).items() if name.startswith("image_encoder.")}
+    state = {name: tensor for name, tensor in modules.seeded("nano", 1).items() if name.startswith("image_encoder.")}
     weights_of_sam.extracted(state, tmp_path)
     with pytest.raises(InvalidCheckpoint, match="an image encoder alone"):
         onnx.export(tmp_path, tmp_path / "a.onnx", "mine")

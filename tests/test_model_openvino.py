@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cluster import settings
 from cluster.errors import InvalidSettings
-from serve_app.model import checkpoint, encoder, gate
+from serve_app.model import checkpoint, encoder, gate, modules
 from serve_app.model.encoder import ReferenceEncoder, normalise
 from tests.weights_of_sam import extracted, relative
 
@@ -52,7 +52,7 @@ def token_cosines(ours: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return extracted(checkpoint.seeded("nano", 5), tmp_path_factory.mktemp("nano"))
+    return extracted(modules.seeded("nano", 5), tmp_path_factory.mktemp("nano"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
         return convert(folder, card, part)
 
     monkeypatch.setattr(runtime, "convert", counted)
-    extracted(checkpoint.seeded("nano", 1), tmp_path)
+    extracted(modules.seeded("nano", 1), tmp_path)
     first = OpenVINOEncoder(tmp_path, "cpu").encode(images(1))
     (tmp_path / "encoder.safetensors").unlink()  # not read a second time
     assert torch.equal(OpenVINOEncoder(tmp_path, "cpu").encode(images(1)), first)
@@ -120,7 +120,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     assert sorted(path.name for path in kept.iterdir()) == ["model.bin", "model.xml", "sha256"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
-    extracted(checkpoint.seeded("nano", 1), tmp_path)
+    extracted(modules.seeded("nano", 1), tmp_path)
     with (kept / "model.bin").open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
@@ -133,7 +133,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
 def test_a_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extracted(checkpoint.seeded("nano", 2), tmp_path)
+    extracted(modules.seeded("nano", 2), tmp_path)
 
     def refuse(**_: Any) -> str:
         raise PermissionError("read-only")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from segment_anything import SamPredictor
 
-from serve_app.model import checkpoint, decoder, encoder, masks, preprocess
+from serve_app.model import decoder, encoder, masks, modules, preprocess
 from serve_app.model.decoder import Decoder
 from serve_app.model.encoder import Encoder
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -51,7 +51,7 @@ class Pair:
     """A model twice: in segment_anything's predictor with an image set, and in our halves."""
 
     def __init__(self, name: str, folder: Path, image: bytes) -> None:
-        self.state = checkpoint.seeded(name, 7)
+        self.state = modules.seeded(name, 7)
         self.predictor = SamPredictor(weights_of_sam.filled(name, self.state))
         self.predictor.set_image(np.array(Image.open(BytesIO(image)).convert("RGB")))
         self.features = self.predictor.features[0].numpy()
@@ -72,7 +72,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[SamPredictor, Encoder, Decoder]:
-    state = checkpoint.seeded("nano", 3)
+    state = modules.seeded("nano", 3)
     folder = weights_of_sam.extracted(state, tmp_path_factory.mktemp("nano"))
     return SamPredictor(weights_of_sam.filled("nano", state)), encoder.load(folder), decoder.load(folder)
 
@@ -146,7 +146,7 @@ def assert_same_masks(found: np.ndarray, expected: np.ndarray) -> None:
 def test_position_matters(nano: tuple[SamPredictor, Encoder, Decoder], table: str) -> None:
     """A runtime that ignores one of the position tables could not pass."""
     ours = nano[1].encode([np.full((256, 200, 3), 90, np.uint8)])
-    state = checkpoint.seeded("nano", 3)
+    state = modules.seeded("nano", 3)
     state |= {name: torch.zeros_like(tensor) for name, tensor in state.items() if name.endswith(table)}
     predictor = SamPredictor(weights_of_sam.filled("nano", state))
     predictor.set_image(np.full((256, 200, 3), 90, np.uint8))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidInput
-from serve_app.model import checkpoint, decoder, encoder, losses, preprocess, training, training_samples
+from serve_app.model import checkpoint, decoder, encoder, losses, modules, preprocess, training, training_samples
 from serve_app.model.prompts import DecodeRequest, Prompts
 from serve_app.model.training import Plan, Trainer
 from serve_app.model.training_samples import DrawnPrompts, Sample
@@ -24,7 +24,7 @@ PLAN = Plan(lr=1e-3, loss="bce", rounds=2, seed=1, encoder=True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return extracted(checkpoint.seeded("nano", 3), tmp_path_factory.mktemp("nano"))
+    return extracted(modules.seeded("nano", 3), tmp_path_factory.mktemp("nano"))
 
 
 def discs(seed: int, window: int = 64, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,7 @@ def test_modules_answer_as_the_references(folder: Path) -> None:
 def test_windows_see_the_positions_of_their_place(folder: Path) -> None:
     """With attention in windows alone and no padding, a window of the image is encoded as if the rest were there."""
     trainer = Trainer(folder, PLAN)
-    trainer.restore({**trainer.snapshot(), "state": checkpoint.seeded("nano", 5)})
+    trainer.restore({**trainer.snapshot(), "state": modules.seeded("nano", 5)})
     for block in trainer.network.encoder.blocks:
         block.window_size = 8
         block.attn.rel_pos_h.data, block.attn.rel_pos_w.data = torch.randn(2, 15, 64)
@@ -178,7 +178,7 @@ def test_random_weights_start_afresh_with_the_encoder(folder: Path) -> None:
     assert not state["image_encoder.pos_embed"].any()
     assert torch.equal(
         Trainer(folder, Plan(1e-3, "bce", 1, 0)).weights()["mask_decoder.iou_token.weight"],
-        checkpoint.seeded("nano", 3)["mask_decoder.iou_token.weight"],
+        modules.seeded("nano", 3)["mask_decoder.iou_token.weight"],
     )
 
 
@@ -190,7 +190,7 @@ def test_what_is_trained_is_what_the_result_computes(folder: Path, tmp_path: Pat
         (before, trainer) = trainer, Trainer(folder, Plan(1e-3, "bce", 1, 2, True))
         trainer.restore(before.snapshot())
     card = checkpoint.extract(
-        checkpoint.seeded("nano", 3) | trainer.weights(), tmp_path, source="trained", source_sha256="0" * 64
+        modules.seeded("nano", 3) | trainer.weights(), tmp_path, source="trained", source_sha256="0" * 64
     )
     pixels, found = discs(8, 256)
     array = encoder.load(tmp_path).encode([pixels])

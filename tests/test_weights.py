@@ -35,7 +35,7 @@ from cluster.errors import (
 from cluster.settings import ModelSettings, Settings, StorageSettings, load
 from cluster.storage import Storage
 from serve_app import deployments, models
-from serve_app.model import checkpoint
+from serve_app.model import checkpoint, modules
 from serve_app.model import state as state_module
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.prompts import DecodeRequest, GridOptions, Prompts
@@ -47,7 +47,7 @@ FILES = {*HALVES, "model.json"}
 
 @pytest.fixture(scope="module")
 def state() -> checkpoint.State:
-    return checkpoint.seeded("nano", 1)
+    return modules.seeded("nano", 1)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from serve_app.model import checkpoint
+from serve_app.model import architectures, checkpoint, modules
 from serve_app.model.checkpoint import State
 
 NANO_SIZE = 256
@@ -62,9 +62,9 @@ def smooth(name: str, seed: int) -> State:
 
     Position tables of low frequency, and blocks that add little to them.
     """
-    state = checkpoint.seeded(name, seed)
+    state = modules.seeded(name, seed)
     generator = torch.Generator().manual_seed(seed)
-    sizes = checkpoint.ARCHITECTURES[name]
+    sizes = architectures.SAMS[name]
     wave = torch.linspace(0, math.pi, sizes.grid)
     waves = torch.stack([torch.cos(wave * i)[:, None] * torch.cos(wave * j) for i in range(4) for j in range(4)])
     mix = torch.randn(sizes.width, len(waves), generator=generator)

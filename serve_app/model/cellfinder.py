@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cluster.errors import InvalidSettings
-from serve_app.model import checkpoint
-from serve_app.model.checkpoint import DetectorSizes
+from serve_app.model import checkpoint, modules
+from serve_app.model.architectures import DetectorSizes
 from serve_app.model.encoder import check_device, check_dtype
 from serve_app.model.flash_encoder import FlashViT, batches
 
@@ -45,7 +45,7 @@ class CellFinder(nn.Module):
     def __init__(self, sizes: DetectorSizes) -> None:
         super().__init__()
         self.sizes, self.grid = sizes, sizes.backbone.grid
-        body: Any = checkpoint.build_encoder(sizes.backbone)
+        body: Any = modules.build_encoder(sizes.backbone)
         body.neck = nn.Identity()
         projection = nn.Conv2d(sizes.backbone.width, sizes.width, 1)
         self.backbone = nn.ModuleDict({"body": body})

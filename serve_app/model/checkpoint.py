@@ -3,7 +3,6 @@
 A split model is a folder: `encoder.safetensors`, `decoder.safetensors`, of a CellSAM `detector.safetensors`, and
 `model.json`. Each replica reads only its part. A checkpoint of an encoder alone gives no second file, and a card whose
 `decoder_sha256` is empty.
-Sizes come from the tensors themselves, so any Segment Anything ViT is read, not only B, L and H.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,16 @@ import torch
 from safetensors.torch import load_file, save
 
 from cluster.errors import InvalidCheckpoint
-from serve_app.model import cellsam_names
+from serve_app.model import cellsam_names, modules
+from serve_app.model.architectures import (
+    CELLSAMS,
+    DECODERS,
+    Architecture,
+    DetectorSizes,
+    has_decoder,
+    recognise,
+    recognise_detector,
+)
 from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
 from serve_app.model.state import State, shown
 
@@ -35,82 +42,12 @@ PREFIXES = {"image_encoder.": ENCODER, "prompt_encoder.": DECODER, "mask_decoder
 FAULTS_SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a Segment Anything model. `image_size` in pixels, `patch` in pixels, `window` in tokens."""
-
-    image_size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    window: int
-    global_blocks: tuple[int, ...]
-    channels: int = 256
-    decoder_depth: int = 2
-    decoder_heads: int = 8
-    decoder_mlp_width: int = 2048
-    iou_head_depth: int = 3
-    iou_head_width: int = 256
-    mask_outputs: int = 3
-    mask_channels: int = 16
-    decoder_norm_eps: float = 1e-5
-
-    @property
-    def grid(self) -> int:
-        """Tokens along one side of the embedding."""
-        return self.image_size // self.patch
-
-
-@dataclass(frozen=True)
-class DetectorSizes:
-    """Sizes of CellSAM's detector, an Anchor DETR; `backbone` is a ViT without a neck. `heads` and `anchors` are
-    `nheads` and `num_query_position` in CellSAM's own configuration, `mlp_width` is `dim_feedforward`."""
-
-    backbone: Architecture
-    width: int = 256
-    heads: int = 8
-    mlp_width: int = 1024
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    anchors: int = 3500
-    patterns: int = 1
-    classes: int = 2
-
-
 NORM_EPS = "norm_eps"
 BESIDE: dict[str, tuple[float, ...]] = {  # numbers that are no weights: forks save the first two as buffers
     "pixel_mean": PIXEL_MEAN,
     "pixel_std": PIXEL_STD,
     NORM_EPS: (Architecture.decoder_norm_eps,),
 }
-
-# Image size, patch, width, depth, heads, MLP width, window, global blocks. B, L, H: as segment_anything.build_sam.
-ARCHITECTURES = {
-    "nano": Architecture(256, 8, 192, 6, 3, 768, 8, (2, 5), decoder_mlp_width=512),
-    "sam_vit_b": Architecture(1024, 16, 768, 12, 12, 3072, 14, (2, 5, 8, 11)),
-    "sam_vit_l": Architecture(1024, 16, 1024, 24, 16, 4096, 14, (5, 11, 17, 23)),
-    "sam_vit_h": Architecture(1024, 16, 1280, 32, 16, 5120, 14, (7, 15, 23, 31)),
-}
-
-
-# CellSAM's, as its modelconfig.yaml has it, and a small one for tests: the SAM that it is made with, and its detector.
-CELLSAMS = {
-    "cellsam": ("sam_vit_b", DetectorSizes(ARCHITECTURES["sam_vit_b"])),
-    "nano_cellsam": ("nano", DetectorSizes(ARCHITECTURES["nano"], 64, 8, 128, 2, 2, 150)),
-}
-CONFIGURED = {  # key of CellSAM's modelconfig.yaml → field of DetectorSizes
-    "hidden_dim": "width",
-    "nheads": "heads",
-    "dim_feedforward": "mlp_width",
-    "enc_layers": "encoder_layers",
-    "dec_layers": "decoder_layers",
-    "num_query_position": "anchors",
-    "num_query_pattern": "patterns",
-    "num_classes": "classes",
-}
-FIXED = {"spatial_prior": "learned", "attention_type": "RCDA", "num_feature_levels": 1}  # the only ones read here
 
 
 @dataclass(frozen=True)
@@ -159,114 +96,6 @@ class ModelCard:
 
 def _architecture(values: dict[str, Any]) -> Architecture:
     return Architecture(**values | {"global_blocks": tuple(values["global_blocks"])})
-
-
-def recognise(state: Mapping[str, torch.Tensor]) -> tuple[str, Architecture]:
-    """The family's name (`custom` where sizes are nobody's) and the sizes, read off the tensors.
-
-    Of an encoder alone, the decoder's sizes are those of the family, or segment_anything's.
-
-    Raises:
-        InvalidCheckpoint: the tensors are not those of a Segment Anything model: names the first that is missing.
-    """
-
-    if not all(isinstance(name, str) for name in state):
-        raise InvalidCheckpoint("the checkpoint has tensors whose name is no text")
-    encoder, decoder = "image_encoder.", "mask_decoder."
-    shape, count = partial(_shape, state), partial(_count, state)
-    sizes = _vit(state, encoder) | {"channels": shape(encoder + "neck.0.weight", 4)[0]}
-    if _has_decoder(state):
-        sizes |= {
-            "decoder_depth": count(decoder + "transformer.layers."),
-            "decoder_mlp_width": shape(decoder + "transformer.layers.0.mlp.lin1.weight", 2)[0],
-            "iou_head_depth": count(decoder + "iou_prediction_head.layers."),
-            "iou_head_width": shape(decoder + "iou_prediction_head.layers.0.weight", 2)[0],
-            "mask_outputs": shape(decoder + "mask_tokens.weight", 2)[0] - 1,
-            "mask_channels": shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
-        }
-    if sizes["channels"] % (8 * Architecture.decoder_heads):
-        raise InvalidCheckpoint(f"{encoder}neck.0.weight has {sizes['channels']} channels, expected a multiple of 64")
-    for name, known in ARCHITECTURES.items():
-        if replace(known, **sizes) == known:
-            return name, known
-    return "custom", Architecture(**sizes)
-
-
-def _shape(state: Mapping[str, torch.Tensor], name: str, rank: int) -> torch.Size:
-    if name not in state:
-        found = ", ".join(sorted({str(key).split(".")[0] for key in state})[:5]) or "nothing"
-        raise InvalidCheckpoint(
-            f"the checkpoint is not a Segment Anything model: it lacks {name} (its top-level parts: {found})"
-        )
-    found_shape = state[name].shape
-    if len(found_shape) != rank or 0 in found_shape:
-        raise InvalidCheckpoint(f"{name} has shape {list(found_shape)}, expected {rank} sizes above 0")
-    return found_shape
-
-
-def _count(state: Mapping[str, torch.Tensor], prefix: str) -> int:
-    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def _vit(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Any]:
-    """A ViT's sizes, as of Architecture."""
-    shape = partial(_shape, state)
-    width, _, patch, _ = shape(prefix + "patch_embed.proj.weight", 4)
-    grid = shape(prefix + "pos_embed", 4)[1]
-    depth = _count(state, prefix + "blocks.") or 1  # the first is missed by name below
-    tables = [shape(f"{prefix}blocks.{i}.attn.rel_pos_h", 2) for i in range(depth)]  # [2 · side − 1, head width]
-    sides = [(table[0] + 1) // 2 for table in tables]
-    windows = {side for side in sides if side != grid}
-    if len(windows) > 1:
-        raise InvalidCheckpoint(f"the checkpoint has attention windows of several sizes: {sorted(windows)}")
-    return {
-        "image_size": grid * patch,
-        "patch": patch,
-        "width": width,
-        "depth": depth,
-        "heads": width // tables[0][1],
-        "mlp_width": shape(prefix + "blocks.0.mlp.lin1.weight", 2)[0],
-        "window": windows.pop() if windows else 0,
-        "global_blocks": tuple(i for i, side in enumerate(sides) if side == grid),
-    }
-
-
-def recognise_detector(
-    state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
-) -> DetectorSizes | None:
-    """The sizes of a CellSAM's detector, read off its tensors; None where there is none. `config` is its
-    modelconfig.yaml, by whose keys it is built: `nheads` is in no tensor, the others must agree with them.
-
-    Raises:
-        InvalidCheckpoint: the detector is another one than `config` says, or of a kind that CellSAM's is not.
-    """
-    own, shape = "detector.transformer.", partial(_shape, state)
-    if not any(str(name).startswith("detector.") for name in state):
-        return None
-    backbone, config = _vit(state, "detector.backbone.body."), config or {}
-    known = (one for one in ARCHITECTURES.values() if replace(one, **backbone) == one)
-    made = DetectorSizes(
-        backbone=next(known, Architecture(**backbone)),
-        width=shape("detector.input_proj.0.0.weight", 4)[0],
-        heads=config.get("nheads", DetectorSizes.heads),
-        mlp_width=shape(own + "encoder_layers.0.ffn.linear1.weight", 2)[0],
-        encoder_layers=_count(state, own + "encoder_layers."),
-        decoder_layers=_count(state, own + "decoder_layers."),
-        anchors=shape(own + "position.weight", 2)[0],
-        patterns=shape(own + "pattern.weight", 2)[0],
-        classes=shape(own + "class_embed.weight", 2)[0],
-    )
-    found = FIXED | {key: getattr(made, field) for key, field in CONFIGURED.items()}
-    for key in found.keys() & config.keys():
-        if config[key] != found[key]:
-            raise InvalidCheckpoint(f"modelconfig says {key}: {shown(config[key])}; the checkpoint has {found[key]}")
-    if not isinstance(made.heads, int) or made.heads < 1 or made.width % made.heads:
-        raise InvalidCheckpoint(f"modelconfig says nheads: {shown(made.heads)}; expected a divisor of {made.width}")
-    return made
-
-
-def _has_decoder(state: Mapping[str, torch.Tensor]) -> bool:
-    return any(PREFIXES.get(name.split(".")[0] + ".") == DECODER for name in state)
 
 
 def split(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
@@ -378,12 +207,12 @@ def _check(state: Mapping[str, torch.Tensor], sizes: Architecture, detector: Det
     """Every name and shape is what a model of these sizes has, and every number is finite."""
     try:
         with torch.device("meta"):
-            expected = {**build_encoder(sizes).state_dict(prefix="image_encoder.")}
-            modules = build_decoder(sizes) if _has_decoder(state) else ()
-            for prefix, module in zip(("prompt_encoder.", "mask_decoder."), modules, strict=False):
+            expected = {**modules.build_encoder(sizes).state_dict(prefix="image_encoder.")}
+            halves = modules.build_decoder(sizes) if has_decoder(state) else ()
+            for prefix, module in zip(DECODERS, halves, strict=False):
                 expected |= module.state_dict(prefix=prefix)
             if detector is not None:
-                expected |= build_detector(detector).state_dict(prefix="detector.")
+                expected |= modules.build_detector(detector).state_dict(prefix="detector.")
     except (AssertionError, ArithmeticError, ValueError, RuntimeError) as error:
         raise InvalidCheckpoint(f"the checkpoint's sizes are no Segment Anything model's: {sizes}") from error
     faults = [
@@ -429,111 +258,6 @@ def parameter_table(state: Mapping[str, torch.Tensor]) -> list[tuple[str, str, i
         tensors[key] += 1
         numbers[key] += tensor.numel()
     return [(*key, tensors[key], numbers[key]) for key in tensors]
-
-
-def build_encoder(sizes: Architecture) -> torch.nn.Module:
-    """segment_anything's own image encoder of these sizes; weights are fresh, position tables zero."""
-    from segment_anything.modeling import ImageEncoderViT
-
-    return ImageEncoderViT(
-        img_size=sizes.image_size,
-        patch_size=sizes.patch,
-        embed_dim=sizes.width,
-        depth=sizes.depth,
-        num_heads=sizes.heads,
-        mlp_ratio=(sizes.mlp_width + 0.5) / sizes.width,  # it is multiplied by the width again, and cut off
-        out_chans=sizes.channels,
-        norm_layer=_layer_norm,
-        use_rel_pos=True,
-        window_size=sizes.window,
-        global_attn_indexes=sizes.global_blocks,
-    )
-
-
-def _layer_norm(width: int) -> torch.nn.LayerNorm:
-    return torch.nn.LayerNorm(width, eps=1e-6)  # as segment_anything's build_sam
-
-
-def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """segment_anything's own (prompt encoder, mask decoder) of these sizes; weights are fresh."""
-    from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
-
-    side = (sizes.grid, sizes.grid)
-    prompts = PromptEncoder(sizes.channels, side, (sizes.image_size, sizes.image_size), sizes.mask_channels)
-    transformer = TwoWayTransformer(
-        depth=sizes.decoder_depth,
-        embedding_dim=sizes.channels,
-        num_heads=sizes.decoder_heads,
-        mlp_dim=sizes.decoder_mlp_width,
-    )
-    for layer in transformer.layers:
-        for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):
-            norm.eps = sizes.decoder_norm_eps
-    masks = MaskDecoder(
-        transformer_dim=sizes.channels,
-        transformer=transformer,
-        num_multimask_outputs=sizes.mask_outputs,
-        iou_head_depth=sizes.iou_head_depth,
-        iou_head_hidden_dim=sizes.iou_head_width,
-    )
-    return prompts, masks
-
-
-def build_detector(sizes: DetectorSizes) -> torch.nn.Module:
-    """CellSAM's detector of these sizes; weights are fresh."""
-    from serve_app.model.cellfinder import CellFinder  # it imports this module
-
-    return CellFinder(sizes)
-
-
-def seeded(name: str, seed: int) -> State:
-    """Random weights of a named architecture, the same for the same seed: for tests and machines without weights.
-
-    Every tensor is drawn, position tables too, so that a runtime that forgets one of them is found out.
-    """
-    if name not in ARCHITECTURES | CELLSAMS:
-        raise InvalidCheckpoint(f"{name!r} is no architecture; there are {', '.join(ARCHITECTURES | CELLSAMS)}")
-    family, detector = CELLSAMS.get(name, (name, None))
-    return drawn(ARCHITECTURES[family], detector, seed)
-
-
-def drawn(sizes: Architecture, detector: DetectorSizes | None, seed: int) -> State:
-    """Random weights of any sizes, as `seeded`."""
-    with torch.device("meta"):  # names and shapes are all that is wanted of them
-        modules = {"image_encoder.": build_encoder(sizes)}
-        modules |= dict(zip(("prompt_encoder.", "mask_decoder."), build_decoder(sizes), strict=True))
-        if detector is not None:
-            modules["detector."] = build_detector(detector)
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for prefix, module in modules.items():
-        for key, value in module.state_dict(prefix=prefix).items():
-            noise = torch.randn(value.shape, generator=generator)
-            state[key] = _draw(key, value, noise)
-    if detector is not None:
-        state[cellsam_names.ADVANCED] = torch.tensor(1.0)
-    return state
-
-
-def _draw(key: str, fresh: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    if "rel_pos" in key:
-        return 0.25 * noise
-    if key.endswith("pos_embed"):
-        return 0.3 * noise
-    table = key.split(".")[1].endswith(("embed", "embeddings", "token", "tokens"))  # of tokens, not of products
-    if key.endswith("gaussian_matrix") or (fresh.dim() == 2 and table) or key.endswith(".pattern.weight"):
-        return noise
-    if key.endswith(".position.weight"):  # anchors: anywhere in the image
-        return torch.special.ndtr(noise)
-    if fresh.dim() == 1:  # biases and norms, around their fresh value (norms: 1)
-        centre = 1.0 if key.endswith("weight") else 0.0
-        return centre + 0.1 * noise
-    fan_in = fresh[0].numel()
-    asking = key.split(".")[-2] in ("qkv", "q_proj", "k_proj") or key.endswith("in_proj_weight")
-    gain = 3.0 if asking else 1.0  # attention that is far from uniform
-    if ".adapt_pos" in key or ".class_embed." in key:  # of a detector, whose anchors all start from one pattern
-        gain = 6.0
-    return gain * noise / (3 * fan_in) ** 0.5
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from cluster.errors import CellrayError, Internal, InvalidEmbedding, InvalidInput, InvalidPrompt, InvalidSettings
-from serve_app.model import checkpoint, masks, preprocess
+from serve_app.model import architectures, checkpoint, masks, modules, preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.preprocess import Size
 from serve_app.model.prompts import DecodeRequest
@@ -61,15 +61,15 @@ class ReferenceDecoder:
         self.runtime = f"reference float32 on {device}"
         self.device = device
         with torch.device("meta"):
-            modules = checkpoint.build_decoder(self.card.architecture)
+            halves = modules.build_decoder(self.card.architecture)
         state = checkpoint.load_half(folder, checkpoint.DECODER, self.card)
-        for prefix, module in zip(("prompt_encoder.", "mask_decoder."), modules, strict=True):
+        for prefix, module in zip(architectures.DECODERS, halves, strict=True):
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             module.load_state_dict(own, assign=True)
         self.prompt_encoder: Any
         self.mask_decoder: Any
         self.prompt_encoder, self.mask_decoder = (
-            module.float().eval().requires_grad_(False).to(device) for module in modules
+            module.float().eval().requires_grad_(False).to(device) for module in halves
         )
         self.dense_pe: torch.Tensor = self.prompt_encoder.get_dense_pe()
 
@@ -348,7 +348,7 @@ def _tensor(embedding: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(embedding), dtype=torch.float32, device=device)
 
 
-def _object_embeddings(request: DecodeRequest, logits: torch.Tensor, sizes: checkpoint.Architecture) -> np.ndarray:
+def _object_embeddings(request: DecodeRequest, logits: torch.Tensor, sizes: architectures.Architecture) -> np.ndarray:
     """[N, C] float32: the embedding's tokens weighed by the share of each that the mask covers, without padding."""
     embedding = _tensor(request.embedding, logits.device)
     covered = torch.zeros_like(logits, dtype=torch.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cluster.errors import CellrayError, InvalidEmbedding, InvalidImage, InvalidSettings
-from serve_app.model import batched, checkpoint
+from serve_app.model import batched, checkpoint, modules
 from serve_app.model.preprocess import PIXEL_MEAN, PIXEL_STD
 
 
@@ -44,7 +44,7 @@ class ReferenceEncoder:
         self.runtime = f"reference float32 on {device}"
         self.device = device
         with torch.device("meta"):
-            module = checkpoint.build_encoder(self.card.architecture)
+            module = modules.build_encoder(self.card.architecture)
         state = checkpoint.load_half(folder, checkpoint.ENCODER, self.card)
         module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
         self.module: Any = module.float().eval().to(device)

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from cluster.errors import InvalidInput, InvalidSettings
 from serve_app.model import masks
-from serve_app.model.checkpoint import Architecture
+from serve_app.model.architectures import Architecture
 from serve_app.model.decoder import MASK_THRESHOLD, Decoder, upscale
 from serve_app.model.encoder import Encoder
 from serve_app.model.preprocess import ModelImage, Size

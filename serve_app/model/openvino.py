@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from cluster.errors import InvalidSettings
-from serve_app.model import cellfinder, checkpoint
+from serve_app.model import cellfinder, checkpoint, modules
 from serve_app.model.encoder import normalise
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def convert(folder: Path, card: checkpoint.ModelCard, part: str) -> Any:
 
 def _encoder(folder: Path, card: checkpoint.ModelCard) -> torch.nn.Module:
     with torch.device("meta"):
-        module = checkpoint.build_encoder(card.architecture)
+        module = modules.build_encoder(card.architecture)
     state = checkpoint.load_half(folder, checkpoint.ENCODER, card)
     module.load_state_dict({k.removeprefix("image_encoder."): v for k, v in state.items()}, assign=True)
     return module.float().eval()

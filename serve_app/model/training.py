@@ -23,7 +23,7 @@ from serve_app.model.training_samples import NOWHERE, DrawnPrompts, Sample, embe
 
 BALANCED = 0.4  # of a training from scratch: until then object and background weigh more alike than they are large,
 # less and less, and there are no corrections, nor clicks beside the objects
-BOXES = 2 / 3  # of the images; the others' objects get a click
+BOXES = 1 / 2  # of the images; the others' objects get a click
 MOST_SEEDS = 1009  # a step: one for what its images share, and one an image
 AT_ONCE = 1 << 16  # prompts times their images' tokens that are decoded together, with what their gradient needs
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.999), 0.02, 1.0
@@ -44,7 +44,8 @@ class Outcome:
 class Plan:
     """How to train. `loss`: `focal`, 20 focal + dice as Segment Anything; `bce`, binary cross-entropy over an object's
     surroundings and, as much again, the rest of the image, + 2 dice. From scratch that finds masks after some 900
-    images, because at first it weighs object and background alike; else all background is hard to leave."""
+    images, because at first it weighs object and background alike; else all background is hard to leave. With it no
+    output learns parts of objects, which would be found automatically beside the whole."""
 
     lr: float
     loss: str
@@ -214,8 +215,9 @@ class Trainer:
                 actual = iou(logits.flatten(0, 1), target.repeat_interleave(logits.shape[1], 0)).view_as(predicted)
             iou_loss = (predicted - actual).square().mean(1).sum()
             best = lost[:, 0]
-            if not turn:  # whole, part or subpart may be meant: only the best of them learns
-                best = best + lost[:, 1:].amin(1)
+            if not turn:  # whole, part or subpart may be meant: the best of them learns, or they all do in part
+                alike = LOSSES[self.plan.loss]
+                best = best + (1 - alike) * lost[:, 1:].amin(1) + alike * lost[:, 1:].mean(1)
             loss = best[counted].sum() + iou_loss
             (loss / objects).backward()
             first = 0.0 if turn else actual[:, 0].sum().item()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.errors import InvalidCheckpoint
-from serve_app.model import checkpoint
+from serve_app.model import architectures, checkpoint, modules
 from serve_app.model.encoder import ReferenceEncoder, normalise
 from serve_app.model.fast_decoder import FastDecoder
 
@@ -92,13 +92,13 @@ class Network:
         return decoder.upscale(image, weights, None), scores
 
 
-def _fresh(sizes: checkpoint.Architecture, seed: int) -> dict[str, Tensor]:
+def _fresh(sizes: architectures.Architecture, seed: int) -> dict[str, Tensor]:
     """segment_anything's own initial weights, from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        modules = (checkpoint.build_encoder(sizes), *checkpoint.build_decoder(sizes))
+        made = (modules.build_encoder(sizes), *modules.build_decoder(sizes))
     prefixes = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
-    return {k: v for p, module in zip(prefixes, modules, strict=True) for k, v in module.state_dict(prefix=p).items()}
+    return {k: v for p, module in zip(prefixes, made, strict=True) for k, v in module.state_dict(prefix=p).items()}
 
 
 def _attention(block: Any, tokens: Tensor) -> Tensor:

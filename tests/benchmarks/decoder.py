@@ -30,7 +30,7 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator
 
 from cluster import memory
-from serve_app.model import automask, checkpoint, decoder, masks
+from serve_app.model import architectures, automask, checkpoint, decoder, masks
 from serve_app.model.decoder import Decoder, ReferenceDecoder
 from serve_app.model.masks import MaskSet
 from serve_app.model.openvino import supports_bfloat16
@@ -131,7 +131,7 @@ def serve(folder: Path, device: str, calls: Connection) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sam_vit_b", choices=checkpoint.ARCHITECTURES, help="(default: %(default)s)")
+    parser.add_argument("--arch", default="sam_vit_b", choices=architectures.SAMS, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=3, help="timed pairs; ratios are their medians")
     chosen = parser.parse_args()

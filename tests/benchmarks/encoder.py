@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from serve_app.model import checkpoint, encoder
+from serve_app.model import architectures, checkpoint, encoder, modules
 from serve_app.model.encoder import ReferenceEncoder, normalise
 
 GMAC = {"sam_vit_b": 486, "sam_vit_l": 1493, "sam_vit_h": 2981}  # an image, as the stock graph computes it
@@ -102,7 +102,7 @@ def prepared(encode: Callable[[torch.Tensor], torch.Tensor], card: checkpoint.Mo
     return run
 
 
-def transformers_encoder(sizes: checkpoint.Architecture, device: str, dtype: str) -> Callable[..., torch.Tensor]:
+def transformers_encoder(sizes: architectures.Architecture, device: str, dtype: str) -> Callable[..., torch.Tensor]:
     """Hugging Face's vision encoder of these sizes, with weights of its own: only its time is of interest."""
     from transformers import SamVisionConfig, SamVisionModel
 
@@ -205,10 +205,10 @@ def on_gpu(folder: Path, device: str) -> Contenders:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     arch, device = arguments.arch, arguments.device
-    state = checkpoint.seeded(arch, SEED)
+    state = modules.seeded(arch, SEED)
     checkpoint.extract(state, folder, source="seeded", source_sha256="0" * 64, trained=False)
     del state
-    size = checkpoint.ARCHITECTURES[arch].image_size
+    size = architectures.SAMS[arch].image_size
     noise = np.random.default_rng(SEED).integers(0, 256, (arguments.batch, size // 16, size // 16, 3), np.uint8)
     images = list(noise.repeat(16, 1).repeat(16, 2))
 
@@ -286,7 +286,7 @@ def closely(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sam_vit_b", choices=checkpoint.ARCHITECTURES, help="(default: %(default)s)")
+    parser.add_argument("--arch", default="sam_vit_b", choices=architectures.SAMS, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images a call (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=3, help="timed rounds (default: %(default)s)")

@@ -40,7 +40,7 @@ from jobs import embed, finetune, synthetic
 from serve_app import contract, dataset, models
 from serve_app.commit import ShardWriter
 from serve_app.contract import Embedding
-from serve_app.model import checkpoint, encoder, training_samples
+from serve_app.model import checkpoint, encoder, modules, training_samples
 from serve_app.model.checkpoint import ModelCard
 from serve_app.model.prompts import Prompts
 from serve_app.model.training import Plan, Trainer
@@ -157,7 +157,7 @@ def vs_with_encoder() -> dict[str, float]:
     dtype = "bfloat16" if fast else "float32"
     with tempfile.TemporaryDirectory(prefix="cellray-bench-") as temporary:
         folder, out = Path(temporary) / "model", str(Path(temporary) / "out")
-        state = checkpoint.seeded(ARCH, SEED)
+        state = modules.seeded(ARCH, SEED)
         card = checkpoint.extract(state, folder, source="seeded", source_sha256="0" * 64, trained=False)
         del state
         return compare(folder, card, out, device, dtype)

@@ -248,13 +248,11 @@ def job(folder: Path, side: int) -> dict[str, float]:
 
     from cluster import session
     from jobs import segment
-    from serve_app.model import checkpoint
     from tests import cellsam_oracle
 
     slide(folder / "slide.tif", side)
     config, out = folder / "cellray.yaml", folder / "cells"
-    sizes = checkpoint.ARCHITECTURES["nano"], checkpoint.CELLSAMS["nano_cellsam"][1]
-    save_file(cellsam_oracle.weights(sizes), folder / "model.safetensors")
+    save_file(cellsam_oracle.weights(cellsam_oracle.NANO), folder / "model.safetensors")
     model = {"source": str(folder / "model.safetensors"), "cells": True}
     config.write_text(yaml.safe_dump({"models": {MODEL: model}, "limits": {"image_pixels": 1 << 22}}))
     made = yaml.safe_load(Path("deploy/serve.local.yaml").read_text())
