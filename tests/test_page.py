@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Locator, Page, Request, Route, expect, 
 from pycocotools import mask as coco_mask
 
 from jobs import embed
-from tests.conftest import App
+from tests.conftest import CELLS, App
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium")
@@ -330,6 +330,30 @@ def test_everything_is_found_and_taken_home(screen: Screen, coins: Path) -> None
     assert screen.rows.count() == count, "a second time they are the same ones"
     screen.press("Control+z", "Control+z")
     screen.has(0)
+
+
+def test_every_cell_is_found_by_a_model_for_that(screen: Screen, coins: Path, app: App) -> None:
+    screen.open(coins)
+    screen.page.locator("#model").select_option(CELLS)
+    screen.page.locator(".cells summary").click()
+    options = {"bbox_threshold": 0.82, "block_size": 256, "overlap": 32}
+    for label, value in zip(
+        ("Least score of boxes", "Tile, pixels", "Overlap of tiles"), options.values(), strict=True
+    ):
+        screen.page.get_by_label(label).fill(str(value))
+    screen.page.get_by_role("button", name="Segment every cell").click()
+    expect(screen.page.locator("#status")).to_have_text(re.compile(r"\d+ cells found"), timeout=2 * WAIT_MS)
+
+    request = json.dumps({"model": CELLS, "prompts": "cells", **options})
+    answer = httpx.post(
+        f"{app.http}/v1/segment", files={"image": coins.read_bytes()}, data={"request": request}, timeout=60
+    )
+    wanted = planes(answer.json()["masks"])
+    found = planes(json.loads(screen.download("COCO JSON")[1])["annotations"])
+    assert len(found) == len(wanted) == screen.rows.count() > 1
+    np.testing.assert_array_equal(found, wanted)
+    screen.page.locator("#model").select_option("nano")
+    expect(screen.page.get_by_role("button", name="Segment everything")).to_be_visible()
 
 
 def test_an_image_of_a_data_set_is_picked(screen: Screen) -> None:
