@@ -110,6 +110,7 @@ def shown(app: App, sample_images: Path) -> str:
     return app.shown
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, who reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long first, so that no process waits for one at the end; of several processes, one has all that
     need the app."""
