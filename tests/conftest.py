@@ -5,12 +5,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import random
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before anything imports Ray: it keeps its auth token, and we our weights, under HOME.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # many processes share few cores here: none shall wait by spinning
@@ -23,6 +25,7 @@ import pytest
 import yaml
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from safetensors.torch import save_file
+from xdist.scheduler import LoadFileScheduling
 
 from jobs import samples
 from tests import cellsam_oracle
@@ -110,12 +113,20 @@ def shown(app: App, sample_images: Path) -> str:
     return app.shown
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, who reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first, so that no process waits for one at the end; of several processes, one has all that
-    need the app."""
+    """Files that take long first, so that no process waits for one at the end."""
     place = {f"test_{name}.py": index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
-    served = {item.path for item in items if "app" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("app" if item.path in served else item.path.name))
+
+
+class OneApp(LoadFileScheduling):
+    """A file goes to one of the processes, and all that need the app to the same: each app is work for half a core."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "app" if re.search(r"\bApp\b", (self.config.rootpath / file).read_text()) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneApp:
+    return OneApp(config, log)
