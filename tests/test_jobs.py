@@ -32,6 +32,7 @@ from serve_app import contract, dataset, models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
 from tests.conftest import App
+from tests.s3 import ROOT
 
 BROKEN = 5
 GRID = ["--grid", "2", "--pred-iou-thresh=-inf", "--stability-score-thresh", "0"]
