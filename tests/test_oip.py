@@ -117,7 +117,7 @@ def test_says_what_it_serves(client: Client) -> None:
     assert {"embedding_id", "embedding", "boxes", "points", "labels"} < {one["name"] for one in decoder["inputs"]}
     index = one.get_model_repository_index(**as_json)
     names = [model["name"] for model in (index if isinstance(index, list) else index["models"])]
-    assert names == ["nano-encoder", "nano-decoder"]
+    assert names[:2] == ["nano-encoder", "nano-decoder"]
     with pytest.raises(InferenceServerException, match="not served"):
         one.get_model_metadata("nope")
     with pytest.raises(InferenceServerException, match="not served"):

@@ -193,13 +193,13 @@ def test_masks_are_decoded_as_pycocotools_does(screen: Screen) -> None:
         found = screen.page.evaluate(
             """async (mask) => {
                 const {x, y, width, height, plane} = (await import("/web/rle.js")).decode(mask);
-                return [x, y, width, height, Array.from(plane)];
+                return [x, y, width, height, plane.join("")];
             }""",
             mask,
         )
         x, y, width, height = map(int, found[:4])
         whole = np.zeros_like(plane)
-        whole[y : y + height, x : x + width] = np.array(found[4], bool).reshape(height, width)
+        whole[y : y + height, x : x + width] = np.array([*found[4]], "U1").reshape(height, width) == "1"
         np.testing.assert_array_equal(whole, plane)
 
 
@@ -459,7 +459,7 @@ def test_zoom_and_pan_keep_points_where_they_are(screen: Screen, coins: Path) ->
 
 def test_another_model_is_chosen(screen: Screen, coins: Path) -> None:
     def two(route: Route) -> None:
-        (nano,) = route.fetch().json()
+        nano, *_ = route.fetch().json()
         other = {"name": "other", "trained": False, "note": "untrained: random", "licence": "MIT", "image_size": 1024}
         route.fulfill(json=[nano, {**nano, **other}])
 

@@ -20,7 +20,7 @@ from serve_app import models
 from serve_app.model import decoder, encoder, masks, preprocess
 from serve_app.model.prompts import DecodeRequest, Prompts
 from serve_app.service import Service
-from tests.conftest import App
+from tests.conftest import CELLS, App
 
 BOXES = [[20, 30, 300, 200], [0, 0, 600, 400]]
 
@@ -44,8 +44,8 @@ def folder(app: App) -> Path:
 def test_says_what_it_serves(http: httpx.Client) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json() == {"status": "ready"}
-    (model,) = http.get("/v1/models").json()
-    assert model["name"] == "nano"
+    model, cells = http.get("/v1/models").json()
+    assert (model["name"], model["cells"], cells["name"], cells["cells"]) == ("nano", False, CELLS, True)
     assert model["trained"] is True
     assert model["dtype"] == "float32"
     assert model["note"] is None
