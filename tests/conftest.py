@@ -27,10 +27,12 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from safetensors.torch import save_file
 from xdist.scheduler import LoadFileScheduling
 
+from cluster import memory
 from jobs import samples
 from tests import cellsam_oracle
 from tests.s3 import server
 
+memory.keep()  # as replicas do: a page that is got anew costs more than what is computed in it
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("untimed")
 
