@@ -1,7 +1,8 @@
 #!/bin/sh
 # How these weights were made: from nothing but generated fields, on two CPU cores, in runs of 90, 105 and 95 minutes.
 # Ctrl-C, and the same command goes on. Runs end by time, so that another machine's weights are others; the seeds fix what
-# they see, in order. Other work ran beside the second and third; the third went on from the second's in float16.
+# they see, in order, with the code of that time: crops hold smaller objects since. Other work ran beside the second and
+# third; the third went on from the second's in float16.
 set -e
 out=${1:?usage: train.sh OUT}
 mkdir -p "$out"
