@@ -83,6 +83,17 @@ def test_modules_answer_as_the_references(folder: Path) -> None:
         assert relative(scores[:, outputs], predicted) < 1e-4
 
 
+@pytest.mark.parametrize(("loss", "learn"), [("focal", 1), ("bce", 3)])
+def test_how_many_outputs_an_object_teaches(folder: Path, loss: str, learn: int) -> None:
+    """Of the three for what may be whole, part or subpart: the best alone, or all, so that none finds parts."""
+    trainer = Trainer(folder, Plan(1e-3, loss, 1, 0))
+    made = embedded(0)
+    trainer.step([replace(made, boxes=made.boxes[:1], masks=made.masks[:1])], 0.5)
+    heads = (f"mask_decoder.output_hypernetworks_mlps.{index}.layers.0.weight" for index in (1, 2, 3))
+    gradients = [trainer.network.working[name].grad for name in heads]
+    assert sum(one is not None and bool(one.any()) for one in gradients) == learn
+
+
 def test_windows_see_the_positions_of_their_place(folder: Path) -> None:
     """With attention in windows alone and no padding, a window of the image is encoded as if the rest were there."""
     trainer = Trainer(folder, PLAN)
