@@ -12,7 +12,7 @@ serve: $(READY)  ## the same app, kept up until Ctrl-C
 	$(BIN)/cellray serve
 
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check

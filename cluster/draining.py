@@ -1,8 +1,10 @@
 """What Serve's HTTP proxy does while a service is about to stop: it takes no new request, and says how many it still
-has. `session.start` has Serve put it before everything else."""
+has. `session.start` has Serve put it before everything else. Serve's gRPC proxy has no such place: there the ingress
+asks whether it `has_begun`."""
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -14,7 +16,8 @@ from cluster.errors import Unavailable
 FILE = "DRAINING_FILE_OF_CELLRAY"  # of the environment: what exists once the service is about to stop
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # Ray's, for `middlewares` below
 UNDER_WAY = "x-requests-under-way"
-BODY = b'{"error":"the service is about to stop; ask again in a moment","error_type":"Unavailable"}'
+REASON = "the service is about to stop; ask again in a moment"
+BODY = json.dumps({"error": REASON, "error_type": Unavailable.__name__}).encode()
 
 
 class Draining:
@@ -48,6 +51,11 @@ class Draining:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 503, "headers": raw})
         await send({"type": "http.response.body", "body": BODY})
+
+
+def has_begun() -> bool:
+    """In a process that `session.start`'s Ray started."""
+    return os.path.exists(os.environ.get(FILE, ""))
 
 
 def middlewares() -> list[Any]:

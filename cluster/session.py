@@ -173,8 +173,8 @@ def deploy(
 
 
 def drain(started: Session, say: Callable[[str], None], timeout_s: float = DRAIN_S) -> None:
-    """No new HTTP request is taken from here on (503 with Retry-After); returns once those under way have ended, gRPC's
-    too, at the latest after `timeout_s`."""
+    """No new request is taken from here on (503 with Retry-After; UNAVAILABLE over gRPC); returns once those under way
+    have ended, at the latest after `timeout_s`."""
     (started.folder / "draining").touch()
     deadline, quiet, said = time.monotonic() + timeout_s, 0, -1
     while quiet < QUIET_LOOKS:

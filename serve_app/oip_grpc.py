@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 from anyio import to_thread
 
-from cluster import telemetry
+from cluster import draining, telemetry
 from cluster.errors import CellrayError, Internal, InvalidInput, NotFound, TooLarge, Unavailable
 from serve_app import oip
 from serve_app.guard import Guard
@@ -45,6 +45,8 @@ def method(call: Method) -> Any:
     async def answered(self: GrpcMethods, request: bytes, grpc_context: Any) -> Message:
         response, started, code, key = classes()[f"{name}Response"], time.perf_counter(), "OK", ""
         try:
+            if draining.has_begun():
+                raise Unavailable(draining.REASON)
             if request or name not in OPEN:
                 key = self.guard.check_grpc(grpc_context)
             async with self.service.deadline():

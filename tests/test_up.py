@@ -18,10 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
+import tritonclient.grpc as triton
 import yaml
 from PIL import Image
 
-from tests.conftest import DEPLOY, free_port
+from tests.conftest import DEPLOY, GRPC, free_port
 from tests.loaded_app import FOLDER
 from tests.s3 import ROOT
 
@@ -33,7 +34,7 @@ class Shell:
     """Where commands run: with a home, a folder for temporary files and ports of their own."""
 
     def __init__(self, folder: Path, short: str) -> None:
-        self.folder, self.tmp, self.port = folder, Path(short), free_port()
+        self.folder, self.tmp, self.port, self.grpc = folder, Path(short), free_port(), free_port()
         keep = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "CELLRAY_", "AWS_"))}
         places = {"HOME": str(folder), "TMPDIR": short, "PYTHONPATH": str(ROOT), FOLDER: str(folder)}
         self.environment = keep | places
@@ -70,6 +71,7 @@ class Shell:
         for one in app["deployments"]:
             one["ray_actor_options"] |= options
         config["http_options"]["port"] = self.port
+        config["grpc_options"] = {"port": self.grpc, "grpc_servicer_functions": [GRPC], "enable_reflection": False}
         path = self.folder / name
         path.write_text(yaml.safe_dump(config))
         return str(path)
@@ -205,7 +207,8 @@ def test_sigterm_ends_what_is_under_way_takes_nothing_new_and_then_stops(shell: 
     assert code == 0, said
     assert "app          cellray  RUNNING" in said
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, triton.InferenceServerClient(f"127.0.0.1:{shell.grpc}") as grpc:
+        assert grpc.is_server_live()
         with held(shell):
             before = len((shell.folder / "encoder.log").read_text().splitlines())
             embedding = pool.submit(httpx.post, f"{url}/v1/embed", content=png(), timeout=PATIENCE_S)
@@ -215,6 +218,9 @@ def test_sigterm_ends_what_is_under_way_takes_nothing_new_and_then_stops(shell: 
             assert refused.headers["retry-after"]
             assert refused.json()["error_type"] == "Unavailable"
             assert httpx.post(f"{url}/v1/embed", content=png()).status_code == 503
+            with pytest.raises(triton.InferenceServerException, match="about to stop") as caught:
+                grpc.get_server_metadata()
+            assert caught.value.status() == "StatusCode.UNAVAILABLE"
             assert not embedding.done()
             assert serve.poll() is None
         assert embedding.result().status_code == 200, embedding.result().text
