@@ -20,7 +20,7 @@ from serve_app.model import masks, preprocess, training_samples
 from serve_app.model.architectures import Architecture
 from serve_app.model.training_samples import Sample
 
-OBJECTS = 16  # prompted for in one image and step
+OBJECTS = 12  # prompted for in one image and step
 MOST_VALIDATED = 64  # images
 SYNTHETIC = "synthetic"
 FIELD_PX = 512

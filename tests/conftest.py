@@ -32,7 +32,7 @@ from jobs import samples
 from tests import cellsam_oracle
 from tests.s3 import server
 
-memory.keep()  # as replicas do: a page that is got anew costs more than what is computed in it
+memory.keep()  # as replicas do
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("untimed")
 
@@ -122,7 +122,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class OneApp(LoadFileScheduling):
-    """A file goes to one of the processes, and all that need the app to the same: each app is work for half a core."""
+    """A file goes to one of the processes, and all that need the app to the same: an app is never idle."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)

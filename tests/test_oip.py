@@ -35,7 +35,7 @@ from serve_app.guard import Guard
 from serve_app.model import masks
 from serve_app.oip_tensors import ANY, DTYPES, Given, Tensor, raw, read
 from serve_app.service import Service
-from tests.conftest import App
+from tests.conftest import CELLS, App
 
 README = Path(__file__).parent.parent / "README.md"
 BOXES = np.array([[20, 30, 300, 200], [0, 0, 600, 400]], np.float32)
@@ -117,7 +117,7 @@ def test_says_what_it_serves(client: Client) -> None:
     assert {"embedding_id", "embedding", "boxes", "points", "labels"} < {one["name"] for one in decoder["inputs"]}
     index = one.get_model_repository_index(**as_json)
     names = [model["name"] for model in (index if isinstance(index, list) else index["models"])]
-    assert names[:2] == ["nano-encoder", "nano-decoder"]
+    assert names == [f"{model}-{half}" for model in ("nano", CELLS) for half in ("encoder", "decoder")]
     with pytest.raises(InferenceServerException, match="not served"):
         one.get_model_metadata("nope")
     with pytest.raises(InferenceServerException, match="not served"):

@@ -9,7 +9,7 @@ from torch.nn import functional
 FOCAL_ALPHA, FOCAL_GAMMA, FOCAL_SHARE = 0.25, 2.0, 20.0  # Segment Anything, appendix A: focal to dice 20 : 1
 AROUND = 0.25  # of an object's sides: how far its surroundings reach in the weighted loss
 DICE_SHARE = 2.0
-LOSSES = {"focal": 0.0, "bce": 0.5}  # how much of a click's three masks all learn, instead of only the best
+LOSSES = {"focal": 0.0, "bce": 0.5}  # how much of the outputs beside the first all learn, not the best alone
 
 
 def mask_loss(logits: Tensor, target: Tensor, kind: str, balance: float) -> Tensor:

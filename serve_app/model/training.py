@@ -25,7 +25,7 @@ BALANCED = 0.4  # of a training from scratch: until then object and background w
 # less and less, and there are no corrections, nor clicks beside the objects
 BOXES = 1 / 2  # of the images; the others' objects get a click
 MOST_SEEDS = 1009  # a step: one for what its images share, and one an image
-AT_ONCE = 1 << 14  # prompts times their images' tokens that are decoded together: 2 GB with what their gradient needs
+AT_ONCE = 1 << 14  # prompts times their images' tokens that are decoded together, with what their gradient needs
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.999), 0.02, 1.0
 WARM_UP = 0.03  # of the whole training
 LAST_RATE = 0.02  # of the learning rate, where the cosine ends

@@ -97,7 +97,7 @@ def _fresh(sizes: architectures.Architecture, seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = (modules.build_encoder(sizes), *modules.build_decoder(sizes))
-    prefixes = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
+    prefixes = ("image_encoder.", *architectures.DECODERS)
     return {k: v for p, module in zip(prefixes, made, strict=True) for k, v in module.state_dict(prefix=p).items()}
 
 
