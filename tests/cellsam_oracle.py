@@ -71,14 +71,12 @@ def renamed(state: State, layers: int) -> State:
 
 def built(state: State, sizes: tuple[Architecture, DetectorSizes]) -> Any:
     """CellSAM's model with these weights. Its sizes are fixed in its code: others are put there for the while."""
-    import segment_anything
-
     inference = importlib.import_module("cellSAM.sam_inference")
     backbone = importlib.import_module("cellSAM.AnchorDETR.models.backbone")
     sam, detector = sizes
 
     def vit_b() -> Any:
-        return segment_anything.modeling.Sam(modules.build_encoder(sam), *modules.build_decoder(sam))
+        return modules.modeling.Sam(modules.build_encoder(sam), *modules.build_decoder(sam))
 
     def sized(args: Any) -> Any:
         args.enc_layers, args.dec_layers = detector.encoder_layers, detector.decoder_layers

@@ -52,3 +52,19 @@ def test_jobs_and_their_tasks_do_not_load_torch() -> None:
 def test_the_client_loads_neither_torch_nor_ray() -> None:
     code = "import sys, serve_app.client; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_models_load_without_torchvision_and_torchs_compiler(tmp_path: Path) -> None:
+    """Each of them would be seconds of a replica's start."""
+    code = """
+import sys
+from pathlib import Path
+from serve_app.model import cellfinder, checkpoint, decoder, encoder
+from tests import cellsam_oracle
+folder = Path(sys.argv[1], "split")
+checkpoint.extract(cellsam_oracle.weights(cellsam_oracle.NANO), folder, source="drawn", source_sha256="")
+for part in encoder, decoder, cellfinder:
+    part.load(folder)
+sys.exit(bool({"torchvision", "torch._dynamo"} & set(sys.modules)))
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT, timeout=120)

@@ -100,9 +100,14 @@ class _Transformer(nn.Module):
 
         self.encoder_layers: Any = nn.ModuleList(_EncoderLayer(sizes) for _ in range(sizes.encoder_layers))
         self.decoder_layers: Any = nn.ModuleList(_DecoderLayer(sizes) for _ in range(sizes.decoder_layers))
-        self.pattern, self.position = nn.Embedding(sizes.patterns, width), nn.Embedding(sizes.anchors, 2)
+        self.pattern, self.position = _table(sizes.patterns, width), _table(sizes.anchors, 2)
         self.adapt_pos1d, self.adapt_pos2d = adapter(), adapter()
         self.class_embed, self.bbox_embed = nn.Linear(width, sizes.classes), _Boxes(width)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Not drawn: on the "meta" device that would import torch's compiler, seconds of a process's start."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width))
 
 
 class _Boxes(nn.Module):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
 import torch
 
 from cluster.errors import InvalidCheckpoint
@@ -10,11 +15,27 @@ from serve_app.model.architectures import CELLSAMS, SAMS, Architecture, Detector
 from serve_app.model.state import State
 
 
+def _modeling() -> Any:
+    """`segment_anything.modeling`, without what its package imports beside it: torchvision, and by that torch's compiler,
+    are seconds of each process's start, and nothing here needs them."""
+    name = "segment_anything"
+    if name in sys.modules:
+        return importlib.import_module(f"{name}.modeling")
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)  # not run
+    try:
+        return importlib.import_module(f"{name}.modeling")
+    finally:
+        del sys.modules[name]  # who imports it has it whole, with these same modules
+
+
+modeling = _modeling()
+
+
 def build_encoder(sizes: Architecture) -> torch.nn.Module:
     """segment_anything's own image encoder of these sizes; weights are fresh, position tables zero."""
-    from segment_anything.modeling import ImageEncoderViT
-
-    return ImageEncoderViT(
+    return modeling.ImageEncoderViT(
         img_size=sizes.image_size,
         patch_size=sizes.patch,
         embed_dim=sizes.width,
@@ -34,12 +55,22 @@ def _layer_norm(width: int) -> torch.nn.LayerNorm:
 
 
 def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """segment_anything's own (prompt encoder, mask decoder) of these sizes; weights are fresh."""
-    from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+    """segment_anything's own (prompt encoder, mask decoder) of these sizes; weights are fresh. On the CPU whatever the
+    default device is: on "meta", their random tables would import torch's compiler, seconds of a process's start."""
+    with torch.device("cpu"):
+        return _prompt_encoder(sizes), _mask_decoder(sizes)
 
+
+def _prompt_encoder(sizes: Architecture) -> torch.nn.Module:
     side = (sizes.grid, sizes.grid)
-    prompts = PromptEncoder(sizes.channels, side, (sizes.image_size, sizes.image_size), sizes.mask_channels)
-    transformer = TwoWayTransformer(
+    made: torch.nn.Module = modeling.PromptEncoder(
+        sizes.channels, side, (sizes.image_size, sizes.image_size), sizes.mask_channels
+    )
+    return made
+
+
+def _mask_decoder(sizes: Architecture) -> torch.nn.Module:
+    transformer = modeling.TwoWayTransformer(
         depth=sizes.decoder_depth,
         embedding_dim=sizes.channels,
         num_heads=sizes.decoder_heads,
@@ -48,18 +79,18 @@ def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module
     for layer in transformer.layers:
         for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):
             norm.eps = sizes.decoder_norm_eps
-    masks = MaskDecoder(
+    made: torch.nn.Module = modeling.MaskDecoder(
         transformer_dim=sizes.channels,
         transformer=transformer,
         num_multimask_outputs=sizes.mask_outputs,
         iou_head_depth=sizes.iou_head_depth,
         iou_head_hidden_dim=sizes.iou_head_width,
     )
-    return prompts, masks
+    return made
 
 
 def build_detector(sizes: DetectorSizes) -> torch.nn.Module:
-    """CellSAM's detector of these sizes; weights are fresh."""
+    """CellSAM's detector of these sizes; weights are fresh, its tables are not drawn."""
     from serve_app.model.cellfinder import CellFinder  # by way of `checkpoint` it imports this module
 
     return CellFinder(sizes)

@@ -103,11 +103,9 @@ def _fresh(sizes: architectures.Architecture, seed: int) -> dict[str, Tensor]:
 
 def _attention(block: Any, tokens: Tensor) -> Tensor:
     """A block's attention with its gradient, [B, g, g, D] → [B, g, g, D]; written out, which is fastest on CPUs."""
-    from segment_anything.modeling.image_encoder import window_partition, window_unpartition
-
     attention, window, grid = block.attn, block.window_size, tokens.shape[1:3]
     if window:
-        tokens, pads = window_partition(tokens, window)
+        tokens, pads = modules.modeling.image_encoder.window_partition(tokens, window)
     number, side = tokens.shape[:2]
     qkv = attention.qkv(tokens).view(number, side * side, 3, attention.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [N, H, side², d]
@@ -115,7 +113,7 @@ def _attention(block: Any, tokens: Tensor) -> Tensor:
     scores = torch.matmul(query * attention.scale, key.transpose(2, 3)) + bias
     seen = torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2).reshape(number, side, side, -1)
     seen = attention.proj(seen)
-    return window_unpartition(seen, window, pads, grid) if window else seen
+    return modules.modeling.image_encoder.window_unpartition(seen, window, pads, grid) if window else seen
 
 
 def _bias(attention: Any, query: Tensor) -> Tensor:
