@@ -6,7 +6,8 @@ from ray.serve import Application
 from cluster import settings as settings_module
 from cluster.errors import InvalidSettings
 from serve_app import contract, models
-from serve_app.deployments import CellFinderReplica, DecoderReplica, EncoderReplica, IngressReplica, deployment
+from serve_app.deployments import IngressReplica, deployment
+from serve_app.model_replicas import CellFinderReplica, DecoderReplica, EncoderReplica
 
 
 class AppArgs(BaseModel):

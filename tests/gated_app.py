@@ -8,7 +8,8 @@ from ray.serve import Application
 
 from cluster import deepcell, settings
 from serve_app import contract
-from serve_app.deployments import EncoderReplica, deployment
+from serve_app.deployments import deployment
+from serve_app.model_replicas import EncoderReplica
 
 NAME = "gated"
 

@@ -20,8 +20,9 @@ from ray.serve import Application
 
 from cluster import settings
 from serve_app import app, contract
-from serve_app.deployments import DecoderReplica, EncoderReplica, IngressReplica, deployment
+from serve_app.deployments import IngressReplica, deployment
 from serve_app.model import decoder, encoder
+from serve_app.model_replicas import DecoderReplica, EncoderReplica
 
 FOLDER, NAME, HASTY = "LOADED_APP", "loaded", "hasty"
 POLL_S = 0.005

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cluster import settings
 from jobs import segment
-from serve_app import dataset, deployments, models
+from serve_app import dataset, model_replicas, models
 from serve_app.model import automask, decoder, encoder, masks, preprocess
 from serve_app.model.masks import MaskSet
 from serve_app.model.prompts import GridOptions, crops
@@ -43,14 +43,14 @@ def test_a_replica_bounds_what_it_does_at_once(monkeypatch: pytest.MonkeyPatch) 
         return MaskSet.join((4, 4), [], 256)
 
     async def ask(number: int) -> list[Any]:
-        replica = deployments.DecoderReplica(settings.load(environ={}), "nano")
+        replica = model_replicas.DecoderReplica(settings.load(environ={}), "nano")
         calls = [replica.automask([([], (4, 4))], GridOptions()) for _ in range(number)]
         return await asyncio.gather(*calls)
 
-    monkeypatch.setattr(deployments, "_use_cores", lambda: None)
+    monkeypatch.setattr(model_replicas, "_use_cores", lambda: None)
     monkeypatch.setattr(automask, "generate", generate)
     assert len(asyncio.run(ask(6))) == 6
-    assert most == deployments.WHOLE
+    assert most == model_replicas.WHOLE
 
 
 @pytest.fixture(scope="module")

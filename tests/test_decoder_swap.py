@@ -22,7 +22,7 @@ from cluster.errors import CellrayError, Conflict, InvalidSettings
 from cluster.settings import WeightsSettings
 from jobs import replicas
 from jobs.shards import Pipeline, Progress
-from serve_app import deployments, models
+from serve_app import model_replicas, models
 from serve_app.contract import ModelInfo
 from serve_app.model import checkpoint, modules
 from serve_app.model.prompts import DecodeRequest, Prompts
@@ -153,8 +153,8 @@ def test_a_decoder_that_cannot_be_had_leaves_the_former_one(
 
 
 def test_a_replica_does_not_start_with_it(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments, "_use_cores", lambda: None)
-    replica = deployments.DecoderReplica(settings.load(app.config), "nano")
+    monkeypatch.setattr(model_replicas, "_use_cores", lambda: None)
+    replica = model_replicas.DecoderReplica(settings.load(app.config), "nano")
     with pytest.raises(InvalidSettings, match="another encoder"):
         asyncio.run(replica.reconfigure({"decoder": {"source": "seeded:nano:5"}}))
 

@@ -38,6 +38,7 @@ class Store:
     archive: bytes
     url: str = ""
     how: str = "well"
+    plan: tuple[str, ...] = ()  # `how` from each post on, the last for good
     posts: list[dict[str, Any]] = field(default_factory=list)
     gets: list[dict[str, str]] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
@@ -73,6 +74,8 @@ def store(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             made.posts.append({"token": self.headers["X-Api-Key"], **parse_qs(body)})
+            if made.plan:
+                made.how, made.plan = made.plan[0], made.plan[1:] or made.plan
             status, answer = (
                 200,
                 json.dumps({"url": f"{made.url}/archive?signature=s{len(made.posts)}", "size": "1 MB"}),

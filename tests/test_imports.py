@@ -49,6 +49,11 @@ def test_jobs_and_their_tasks_do_not_load_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
+def test_the_ingress_does_not_load_torch() -> None:
+    code = "import sys, serve_app.deployments; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
 def test_the_client_loads_neither_torch_nor_ray() -> None:
     code = "import sys, serve_app.client; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

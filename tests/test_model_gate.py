@@ -21,14 +21,14 @@ from cluster import settings
 from cluster.errors import InvalidInput, InvalidSettings
 from jobs import cli
 from jobs import gate as command
-from serve_app import contract, deployments
-from serve_app.deployments import DecoderReplica, EncoderReplica
+from serve_app import contract, model_replicas
 from serve_app.model import decoder, encoder, gate, modules, preprocess
 from serve_app.model.decoder import Decoder
 from serve_app.model.encoder import Encoder
 from serve_app.model.gate import Model, Report
 from serve_app.model.preprocess import ModelImage
 from serve_app.model.prompts import DecodeRequest
+from serve_app.model_replicas import DecoderReplica, EncoderReplica
 from tests.weights_of_sam import extracted
 
 pytest.importorskip("skimage")
@@ -327,7 +327,7 @@ class NoBfloat16:
 @pytest.fixture
 def replica(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas can be made outside Ray."""
-    monkeypatch.setattr(deployments, "_use_cores", lambda: None)
+    monkeypatch.setattr(model_replicas, "_use_cores", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 

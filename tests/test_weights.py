@@ -34,7 +34,7 @@ from cluster.errors import (
 )
 from cluster.settings import ModelSettings, Settings, StorageSettings, load
 from cluster.storage import Storage
-from serve_app import deployments, models
+from serve_app import model_replicas, models
 from serve_app.model import checkpoint, modules
 from serve_app.model import state as state_module
 from serve_app.model.checkpoint import ModelCard
@@ -358,9 +358,9 @@ def test_an_encoder_alone_is_served_and_says_why_it_makes_no_masks(
 ) -> None:
     torch.save({name: state[name] for name in state if name.startswith("image_encoder.")}, tmp_path / "encoder.pth")
     made = settings(tmp_path, str(tmp_path / "encoder.pth"))
-    monkeypatch.setattr(deployments, "_use_cores", lambda: None)
-    assert deployments.EncoderReplica(made, "mine").info().family == "nano"
-    replica = deployments.DecoderReplica(made, "mine")
+    monkeypatch.setattr(model_replicas, "_use_cores", lambda: None)
+    assert model_replicas.EncoderReplica(made, "mine").info().family == "nano"
+    replica = model_replicas.DecoderReplica(made, "mine")
     assert replica.info().decoder_sha256 == ""
     size, embedding = (10, 10), np.zeros((256, 32, 32), np.float16)
     request = DecodeRequest(embedding, size, Prompts(boxes=np.array([[1, 1, 5, 5]], np.float32)))

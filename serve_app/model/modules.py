@@ -16,8 +16,8 @@ from serve_app.model.state import State
 
 
 def _modeling() -> Any:
-    """`segment_anything.modeling`, without what its package imports beside it: torchvision, and by that torch's compiler,
-    are seconds of each process's start, and nothing here needs them."""
+    """`segment_anything.modeling` alone. Its package imports torchvision, and that torch's compiler: seconds of each
+    process's start, which nothing here needs."""
     name = "segment_anything"
     if name in sys.modules:
         return importlib.import_module(f"{name}.modeling")

@@ -14,8 +14,8 @@ from unittest import mock
 from ray.serve import Application
 
 from serve_app import app
-from serve_app.deployments import DecoderReplica, EncoderReplica
 from serve_app.model import decoder, encoder
+from serve_app.model_replicas import DecoderReplica, EncoderReplica
 
 ENCODE, DECODE = "SLEEP_ENCODE_S", "SLEEP_DECODE_S"  # seconds an image, and a request; in the replicas' environment
 
