@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster import memory
 from serve_app.model import cellfinder, cells, cellsam, cellsam_inputs, checkpoint, paint
 from serve_app.model.cell_masks import Boxes
 from tests import cellsam_oracle
@@ -45,6 +46,7 @@ def picture() -> np.ndarray:
 
 
 def ours(connection: Connection, folder: Path, dtype: str) -> None:
+    memory.keep()  # as replicas do
     model = cells.load(folder, "cpu", dtype)
 
     def segment() -> Answer:
