@@ -7,7 +7,7 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE = (1 << 31) - 1  # bytes: the largest int
-KEPT = 1 << 29  # bytes of what is kept, at most: the holes that a ViT's attention leaves, 0.8 GB each, nothing else fits
+KEPT = 1 << 29  # bytes, at most, of a tensor that is kept: a ViT's attention leaves holes of 0.8 GB that nothing fits
 
 
 def share() -> None:
@@ -17,8 +17,8 @@ def share() -> None:
 
 
 def keep() -> None:
-    """Freed tensors of up to KEPT stay with the process. Left alone, malloc maps and unmaps every large one, and filling
-    fresh pages takes a decoder longer than its arithmetic. The process then holds the most it ever needed."""
+    """Freed tensors of up to KEPT bytes stay with the process. Left alone, malloc maps and unmaps every large one, and
+    filling fresh pages takes a decoder longer than its arithmetic. The process then holds the most it ever needed."""
     _mallopt(M_MMAP_THRESHOLD, KEPT)
     _mallopt(M_TRIM_THRESHOLD, LARGE)
     _mallopt(M_ARENA_MAX, 1)

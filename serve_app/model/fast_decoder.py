@@ -237,10 +237,10 @@ class FastDecoder(ReferenceDecoder):
         [K, C/8, M] → logits [K, M, 4g, 4g] float32."""
         image = image if prompts is None else image[prompts]
         grid = math.isqrt(image.shape[1])
-        pixels = functional.linear(image, *self.upscale_first).unflatten(2, (4, -1))  # [K, P, 2·2, C/4]
+        pixels = functional.linear(image, *self.upscale_first).unflatten(2, (4, -1)).flatten(1, 2)  # [K, P·2·2, C/4]
         pixels = functional.layer_norm(pixels, pixels.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
-        pixels = functional.linear(functional.gelu(pixels), *self.upscale_second)  # [K, P, 4, 2·2·C/8]
-        pixels = functional.gelu(pixels).flatten(1, 2).unflatten(2, (4, -1)).flatten(1, 2)  # [K, P·4·4, C/8]
+        pixels = functional.linear(functional.gelu(pixels), *self.upscale_second)  # [K, P·4, 2·2·C/8]
+        pixels = functional.gelu(pixels).unflatten(2, (4, -1)).flatten(1, 2)  # [K, P·4·4, C/8]
         flat = (pixels @ weights.to(self.dtype)).unflatten(1, (grid, grid, 2, 2, 2, 2))  # y, x, then each halving's
         return flat.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(2, 4).flatten(3, 5).float()
 

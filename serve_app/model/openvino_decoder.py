@@ -18,7 +18,7 @@ from serve_app.model.decoder import Decoded
 from serve_app.model.fast_decoder import FastDecoder
 from serve_app.model.prompts import DecodeRequest
 
-CHUNK = 16  # prompts at a time, some 20 MB each
+CHUNK = 32  # prompts at a time, some 20 MB each
 
 
 class OpenVINODecoder(FastDecoder):

@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 MOST_OPEN = 2000
-TIMEOUT_S = 300
+TIMEOUT_S = 700  # longer than the service keeps anybody waiting
 
 
 def run(plan: dict[str, Any]) -> list[dict[str, float]]:
