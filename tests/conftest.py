@@ -22,7 +22,6 @@ os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
 import hypothesis
 import pytest
-import torch
 import yaml
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from safetensors.torch import save_file
@@ -34,8 +33,6 @@ from tests import cellsam_oracle
 from tests.s3 import server
 
 memory.keep()  # as replicas do
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # those of several processes would wait for one another
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("untimed")
 

@@ -63,10 +63,7 @@ def build_decoder(sizes: Architecture) -> tuple[torch.nn.Module, torch.nn.Module
 
 def _prompt_encoder(sizes: Architecture) -> torch.nn.Module:
     side = (sizes.grid, sizes.grid)
-    made: torch.nn.Module = modeling.PromptEncoder(
-        sizes.channels, side, (sizes.image_size, sizes.image_size), sizes.mask_channels
-    )
-    return made
+    return modeling.PromptEncoder(sizes.channels, side, (sizes.image_size, sizes.image_size), sizes.mask_channels)
 
 
 def _mask_decoder(sizes: Architecture) -> torch.nn.Module:
@@ -79,14 +76,13 @@ def _mask_decoder(sizes: Architecture) -> torch.nn.Module:
     for layer in transformer.layers:
         for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):
             norm.eps = sizes.decoder_norm_eps
-    made: torch.nn.Module = modeling.MaskDecoder(
+    return modeling.MaskDecoder(
         transformer_dim=sizes.channels,
         transformer=transformer,
         num_multimask_outputs=sizes.mask_outputs,
         iou_head_depth=sizes.iou_head_depth,
         iou_head_hidden_dim=sizes.iou_head_width,
     )
-    return made
 
 
 def build_detector(sizes: DetectorSizes) -> torch.nn.Module:
