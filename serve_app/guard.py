@@ -17,7 +17,7 @@ from cluster.settings import ServiceSettings
 from serve_app import answers
 
 KEY = "cellray.key"  # in a request's scope: the name of its key, "" where none is asked for
-OPEN_PATHS = ("", "/", "/healthz", "/v2/health/live")
+OPEN_PATHS = ("", "/", "/docs", "/openapi.json", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 OPEN_BELOW = "/web/"
 SECOND = 1_000_000_000  # ns
 POLICY = 1008  # websocket: refused

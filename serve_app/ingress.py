@@ -10,8 +10,10 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -44,11 +46,14 @@ Pooled = Annotated[bool, Query(description="only the mean over the image, float3
 
 def create_app(service: Service, guard: Guard | None) -> FastAPI:
     """The application of one ingress replica, behind the guard where there is one."""
-    app = FastAPI(
+    keys = [Security(HTTPBearer(auto_error=False))] if guard and guard.keys else []  # said here, checked by the guard
+    app = FastAPIOffline(
         title="Cellray",
         version=version("cellray"),
         description="Segment Anything embeddings and instance masks.",
+        dependencies=keys,
         redoc_url=None,
+        static_url="/web/docs",
     )
     app.exception_handler(CellrayError)(_error)
     app.exception_handler(RequestValidationError)(_invalid)
@@ -73,7 +78,7 @@ def create_app(service: Service, guard: Guard | None) -> FastAPI:
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", summary="Every model answers", responses=answers.FEW_ERRORS)
+    @app.get("/readyz", summary="Every model can be asked; wakes none", responses=answers.FEW_ERRORS)
     async def readyz() -> dict[str, str]:
         await service.ready()
         return {"status": "ready"}

@@ -30,7 +30,7 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }  # FP16 has none
 
-OPEN = ("Check", "ServerLive")  # to everybody where they are asked for nothing in particular: probes have no keys
+OPEN = ("Check", "ServerLive", "ServerReady")  # to everybody: probes have no keys
 MOST_DETAILS = 1000  # characters: they travel in a header
 
 Message = Any  # of `classes()`
@@ -47,7 +47,7 @@ def method(call: Method) -> Any:
         try:
             if draining.has_begun():
                 raise Unavailable(draining.REASON)
-            if request or name not in OPEN:
+            if name not in OPEN:
                 key = self.guard.check_grpc(grpc_context)
             async with self.service.deadline():
                 limit = self.service.limits.image_bytes
@@ -91,7 +91,7 @@ class GrpcMethods:
 
     @method
     async def Check(self, asked: Message) -> dict[str, Any]:
-        """Of no service: this ingress is alive. Of the protocol's: every model answers."""
+        """Of no service: this ingress is alive. Of the protocol's: every model can be asked."""
         if asked.service not in ("", OIP):
             raise NotFound(f"no service {asked.service[: oip.SHOWN]!r} here; there is {OIP}")
         return {"status": SERVING if not asked.service or await self._is_ready() else NOT_SERVING}

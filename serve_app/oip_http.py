@@ -66,7 +66,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/v2/health/ready", tags=TAG, summary="Every model answers", responses={503: ERRORS[503]})
+    @app.get("/v2/health/ready", tags=TAG, summary="Every model can be asked", responses={503: ERRORS[503]})
     async def ready() -> dict[str, bool]:
         await service.ready()
         return {"ready": True}

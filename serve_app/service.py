@@ -12,10 +12,11 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
+from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from cluster import telemetry, watch
+from cluster import status, telemetry, watch
 from cluster.errors import (
     CellrayError,
     Conflict,
@@ -46,6 +47,7 @@ EMBEDS_AT_ONCE = 8  # of one request's images
 DECODES_AT_ONCE = 4  # images, whatever their size; stored embeddings are read beside them, so that clicks do not wait
 READS_AT_ONCE = 16
 TILES_AT_ONCE = 8  # of one image
+LOOK_S = 1.0  # how long what Serve said of the replicas is taken for true
 ASLEEP_S = 60.0  # without a request, after which a model's replicas may be gone
 LOGITS = 64  # masks of one request with their logits: 128 KB each
 
@@ -72,6 +74,7 @@ class Service:
         self.store = EmbeddingStore(settings)
         self.infos: dict[str, ModelInfo] = {}
         self.asked: dict[str, float] = {}  # when a model's halves last answered that they are there
+        self.looking, self.looked, self.missing = asyncio.Lock(), -LOOK_S, list[str]()
         self.decoding, self.reading = CapacityLimiter(DECODES_AT_ONCE), CapacityLimiter(READS_AT_ONCE)
 
     @asynccontextmanager
@@ -295,9 +298,20 @@ class Service:
         return _value(made)
 
     async def ready(self) -> None:
-        """Every encoder, decoder and cellfinder has answered once; raises Unavailable otherwise."""
-        for handle in (*self.encoders.values(), *self.decoders.values(), *self.cellfinders.values()):
-            await self._call(handle.info.remote())
+        """Every encoder, decoder and cellfinder has a replica, or none for want of work; raises Unavailable otherwise.
+
+        Asks Serve, at most every LOOK_S, and no replica: probes would keep a model awake that nobody uses.
+        """
+        async with self.looking:
+            if time.monotonic() - self.looked > LOOK_S:
+                handles = [*self.encoders.values(), *self.decoders.values(), *self.cellfinders.values()]
+                try:
+                    self.missing = await to_thread.run_sync(_missing, handles, abandon_on_cancel=True)
+                except Exception as error:
+                    raise foreign(error) from error
+                self.looked = time.monotonic()
+        if self.missing:
+            raise Unavailable(f"no replica yet of {', '.join(self.missing)}")
 
     async def _call(self, response: Any) -> Any:
         """A replica's answer; Ray's errors become ours. What nobody waits for any more is not begun."""
@@ -312,6 +326,14 @@ class Service:
         if isinstance(answer, Timed):
             telemetry.called(answer.model, time.perf_counter() - started, answer.ran_s)
         return answer
+
+
+def _missing(handles: Sequence[DeploymentHandle]) -> list[str]:
+    """Those deployments that have no replica though they should, by name."""
+    apps = serve.status().applications
+    found = [apps[handle.app_name].deployments[handle.deployment_name] for handle in handles]
+    good = ["RUNNING" in one.replica_states or one.status in status.GOOD for one in found]
+    return [handle.deployment_name for handle, fine in zip(handles, good, strict=True) if not fine]
 
 
 def _made(image_id: str, infos: Sequence[ModelInfo]) -> list[str]:

@@ -49,6 +49,7 @@ def application(made: Guard) -> FastAPI:
     app.add_middleware(Journal)
 
     @app.get("/healthz")
+    @app.get("/readyz")
     @app.get("/")
     @app.get("/web/{path:path}")
     @app.get("/v1/models")
@@ -69,12 +70,12 @@ def client(file: Path) -> Iterator[TestClient]:
         yield made
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/web/page.js", "/web/"])
-def test_the_page_and_healthz_need_no_key(client: TestClient, path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/docs", "/openapi.json", "/web/page.js", "/web/"])
+def test_the_page_probes_and_docs_need_no_key(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/docs", "/openapi.json", "/metrics", "/web", "/healthz/", "/no"])
+@pytest.mark.parametrize("path", ["/v1/models", "/docs/", "/metrics", "/web", "/healthz/", "/no"])
 def test_all_else_needs_one(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 401

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -448,6 +449,7 @@ class Ingress(oip_grpc.GrpcMethods):
 
     def __init__(self, guard: Guard) -> None:
         self.guard, self.service = guard, Service(Settings(), [], [])
+        self.service.looked = math.inf  # nor what it would say
 
 
 def test_who_may_by_grpc(tmp_path: Path) -> None:
@@ -465,11 +467,11 @@ def test_who_may_by_grpc(tmp_path: Path) -> None:
     status = grpc.StatusCode
     assert call(without, "ServerMetadata", Context(near)) is None
     assert call(without, "ServerMetadata", Context(far)) is status.PERMISSION_DENIED
-    for open_one in ("Check", "ServerLive"):
-        assert call(without, open_one, Context(far)) is None
-        assert call(having, open_one, Context(far)) is None
+    health = b"\x0a\x1e" + oip_messages.OIP.encode()
+    for open_one, asked in (("Check", b""), ("Check", health), ("ServerLive", b""), ("ServerReady", b"")):
+        assert call(without, open_one, Context(far), asked) is None
+        assert call(having, open_one, Context(far), asked) is None
     assert call(having, "ServerMetadata", Context(near)) is status.UNAUTHENTICATED
-    assert call(having, "Check", Context(near), b"\x0a\x1e" + oip_messages.OIP.encode()) is status.UNAUTHENTICATED
     assert call(having, "ServerMetadata", Context(far, authorization=f"Bearer {secret}x")) is status.UNAUTHENTICATED
     assert call(having, "ServerMetadata", Context(far, authorization=f"Bearer {secret}")) is None
     again = Context(far, authorization=f"Bearer {secret}")

@@ -599,6 +599,13 @@ def test_a_service_that_is_down_is_tried_again(screen: Screen, coins: Path) -> N
     expect(error).to_contain_text("too large")
 
 
+def test_the_docs_show_every_route_and_load_nothing_from_elsewhere(screen: Screen) -> None:
+    screen.page.goto(f"{screen.url}/docs")
+    expect(screen.page.get_by_text("/v1/segment", exact=True)).to_be_visible()
+    screen.page.get_by_text("Masks from boxes, points and earlier masks").click()
+    expect(screen.page.get_by_role("button", name="Try it out")).to_be_visible()
+
+
 def test_objects_are_not_lost_unasked(screen: Screen, coins: Path) -> None:
     screen.open(coins)
     screen.click(COIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from ray import serve
 
 from cluster import settings
+from cluster.errors import Unavailable
 from cluster.settings import Settings
 from serve_app import models
 from serve_app.model import decoder, encoder, masks, preprocess
@@ -22,6 +25,7 @@ from serve_app.model.prompts import DecodeRequest, Prompts
 from serve_app.service import Service
 from tests.conftest import CELLS, App
 
+PATIENCE_S = 60.0
 BOXES = [[20, 30, 300, 200], [0, 0, 600, 400]]
 
 
@@ -51,6 +55,34 @@ def test_says_what_it_serves(http: httpx.Client) -> None:
     assert model["note"] is None
     assert http.get("/docs").status_code == 200
     assert "/v1/segment" in http.get("/openapi.json").json()["paths"]
+
+
+def test_whether_all_can_be_asked_wakes_nobody(app: App) -> None:
+    @serve.deployment
+    class Rare:
+        async def info(self) -> str:
+            return "awake"
+
+    def ready(handle: Any) -> None:
+        asyncio.run(Service(Settings(), ["one"], [handle, handle, None]).ready())
+
+    idle = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}
+    rare = Rare.options(autoscaling_config=idle)  # type: ignore[attr-defined]
+    stuck = Rare.options(ray_actor_options={"resources": {"what nobody has": 1}})  # type: ignore[attr-defined]
+    targets = [serve.RunTarget(one.bind(), f"{name}-app", None) for name, one in (("rare", rare), ("stuck", stuck))]
+    try:
+        sleeping, starting = serve.run_many(targets, wait_for_applications_running=False)
+        end = time.monotonic() + PATIENCE_S
+        while (state := serve.status().applications["rare-app"]).status != "RUNNING":
+            assert time.monotonic() < end, state
+            time.sleep(0.2)
+        ready(sleeping)
+        with pytest.raises(Unavailable, match="no replica yet of Rare, Rare"):
+            ready(starting)
+        assert serve.status().applications["rare-app"].deployments["Rare"].replica_states == {}
+    finally:
+        serve.delete("rare-app")
+        serve.delete("stuck-app")
 
 
 class _Starting:

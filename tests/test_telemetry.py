@@ -140,7 +140,9 @@ def test_keys_are_asked_for_on_serve_too(guarded: httpx.Client, image: bytes) ->
     bare = httpx.Client(base_url=guarded.base_url, timeout=60)
     assert bare.get("/healthz").status_code == 200
     assert bare.get("/").status_code in (200, 307)
-    for path in ("/v1/models", "/readyz", "/docs", "/openapi.json", "/metrics"):
+    assert bare.get("/readyz").json() == {"status": "ready"}
+    assert bare.get("/openapi.json").json()["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    for path in ("/v1/models", "/metrics", "/v1/images"):
         assert bare.get(path).status_code == 401, path
         assert guarded.get(path).status_code == 200, path
     assert bare.post("/v1/embed", content=image).status_code == 401
