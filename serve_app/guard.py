@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import time
 from collections.abc import Callable, Iterable
 from math import ceil
@@ -19,6 +20,8 @@ from serve_app import answers
 KEY = "cellray.key"  # in a request's scope: the name of its key, "" where none is asked for
 OPEN_PATHS = ("", "/", "/docs", "/openapi.json", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 OPEN_BELOW = "/web/"
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  # in Ray's environment: Serve's proxies are HAProxy
+PROXIED = f", and behind {HAPROXY} nobody knows who calls"
 SECOND = 1_000_000_000  # ns
 POLICY = 1008  # websocket: refused
 
@@ -58,6 +61,7 @@ class Guard:
             )
         self.keys = KeysFile(settings.keys) if settings.keys else None
         self.per_minute, self.origins, self.clock = settings.requests_per_minute, settings.allow_origins, clock
+        self.proxied = os.environ.get(HAPROXY) == "1"
         self.buckets: dict[tuple[str, int], Bucket] = {}
 
     def check(self, authorization: Iterable[bytes]) -> str:
@@ -84,10 +88,11 @@ class Guard:
         """Of a gRPC call, by its context: metadata `authorization: Bearer KEY` → the key's name.
 
         Raises:
-            Unauthorized, RateLimited. Forbidden: there is no keys file, and the caller is on another machine.
+            Unauthorized, RateLimited. Forbidden: there is no keys file, and the caller is on another machine, or
+            may be: HAProxy in the place of Serve's proxy calls for everybody.
         """
-        if self.keys is None and not _is_loopback_peer(context.peer()):
-            raise Forbidden("the service has no keys file and answers this machine only")
+        if self.keys is None and (self.proxied or not _is_loopback_peer(context.peer())):
+            raise Forbidden("the service has no keys file and answers this machine only" + self.proxied * PROXIED)
         pairs = ((key.lower(), value) for key, value in context.invocation_metadata())
         given = (value for key, value in pairs if key == "authorization")
         return self.check(value if isinstance(value, bytes) else value.encode() for value in given)

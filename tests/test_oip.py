@@ -32,7 +32,7 @@ from cluster.errors import InvalidInput, TooLarge
 from cluster.settings import ServiceSettings, Settings
 from serve_app import oip_grpc, oip_http, oip_messages
 from serve_app.contract import packed
-from serve_app.guard import Guard
+from serve_app.guard import HAPROXY, Guard
 from serve_app.model import masks
 from serve_app.oip_tensors import ANY, DTYPES, Given, Tensor, raw, read
 from serve_app.service import Service
@@ -452,7 +452,7 @@ class Ingress(oip_grpc.GrpcMethods):
         self.service.looked = math.inf  # nor what it would say
 
 
-def test_who_may_by_grpc(tmp_path: Path) -> None:
+def test_who_may_by_grpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far, near = "ipv4:10.0.0.1:5", "ipv6:%5B::1%5D:5"
     without = Ingress(Guard(ServiceSettings(), "127.0.0.1"))
     secret, key = keys.make("alice")
@@ -474,6 +474,9 @@ def test_who_may_by_grpc(tmp_path: Path) -> None:
     assert call(having, "ServerMetadata", Context(near)) is status.UNAUTHENTICATED
     assert call(having, "ServerMetadata", Context(far, authorization=f"Bearer {secret}x")) is status.UNAUTHENTICATED
     assert call(having, "ServerMetadata", Context(far, authorization=f"Bearer {secret}")) is None
+    monkeypatch.setenv(HAPROXY, "1")
+    behind = Ingress(Guard(ServiceSettings(), "127.0.0.1"))
+    assert call(behind, "ServerMetadata", Context(near)) is status.PERMISSION_DENIED
     again = Context(far, authorization=f"Bearer {secret}")
     assert call(having, "ServerMetadata", again) is status.RESOURCE_EXHAUSTED
     ((name, seconds),) = again.trailing
