@@ -19,7 +19,7 @@ from cluster.settings import Settings
 from jobs import samples, show
 
 MODEL = "nano"
-GRID = "--grid 16 --pred-iou-thresh 0.5 --stability-score-thresh 0.8 --box-nms-thresh 0.4"  # as nano's card says
+GRID = "--grid 16 --pred-iou-thresh 0.5 --stability-score-thresh 0.7 --box-nms-thresh 0.2"  # as nano's card says
 JOB_TIMEOUT_S = 900.0
 POLL_S = 0.3
 PROGRESS = re.compile(r"^\w+: (\d+)/(\d+) images, (\d+) errors", re.MULTILINE)

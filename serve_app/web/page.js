@@ -15,7 +15,7 @@ import { again, busy, problem, question, say } from "./words.js";
 const STEP = 40, FINE = 4; // CSS pixels an arrow key
 // Points a side, least predicted IoU and stability, most overlap: segment_anything's, and those of models for small
 // images, whose scores are lower (serve_app/weights/nano/README.md).
-const [SAM_GRID, SMALL_GRID] = [[32, 0.88, 0.95, 0.7], [16, 0.5, 0.8, 0.4]];
+const [SAM_GRID, SMALL_GRID] = [[32, 0.88, 0.95, 0.7], [16, 0.5, 0.7, 0.2]];
 const SAM_SIZE = 1024; // pixels of the model's input
 const $ = (id) => document.getElementById(id);
 const each = (selector, run) => document.querySelectorAll(selector).forEach(run);

@@ -54,7 +54,7 @@ WANTED = {  # at most for the time, at least for the others
     "automask_f1": 0.75,
     "embed_and_20_boxes_ms": 150.0,
 }
-GRID = GridOptions(32, pred_iou_thresh=0.5, stability_score_thresh=0.6, box_nms_thresh=0.4)  # by validation
+GRID = GridOptions(32, pred_iou_thresh=0.5, stability_score_thresh=0.7, box_nms_thresh=0.2)  # by validation
 KINDS = [kind for kind in synthetic.NAMES if kind != synthetic.EMPTY]
 NUCLEI = ["nuclei", "histology"]
 SIDE, ACROSS, LEAST_AREA, MATCH = 256, 16, 16, 0.5
