@@ -209,12 +209,12 @@ def test_the_decoder_as_onnx(http: httpx.Client, image: bytes, identity: str) ->
     assert http.get("/v1/models/none/decoder.onnx").status_code == 404
     session = onnxruntime.InferenceSession(answer.content)
     array = np.frombuffer(http.get(f"/v1/embeddings/{identity}").content, "<f2").reshape(1, 256, 32, 32)
-    scale = 256 / 600
+    across, down = 256 / 600, 171 / 400  # a model's input has whole pixels
     found, _, _ = session.run(
         None,
         {
             "image_embeddings": array.astype(np.float32),
-            "point_coords": np.array([[[100 * scale, 100 * scale], [0, 0]]], np.float32),
+            "point_coords": np.array([[[100 * across, 100 * down], [0, 0]]], np.float32),
             "point_labels": np.array([[1, -1]], np.float32),
             "mask_input": np.zeros((1, 1, 128, 128), np.float32),
             "has_mask_input": np.zeros(1, np.float32),

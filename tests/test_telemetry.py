@@ -142,7 +142,7 @@ def test_keys_are_asked_for_on_serve_too(guarded: httpx.Client, image: bytes) ->
     assert bare.get("/").status_code in (200, 307)
     assert bare.get("/readyz").json() == {"status": "ready"}
     assert bare.get("/openapi.json").json()["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
-    for path in ("/v1/models", "/metrics", "/v1/images"):
+    for path in ("/v1/models", "/metrics"):
         assert bare.get(path).status_code == 401, path
         assert guarded.get(path).status_code == 200, path
     assert bare.post("/v1/embed", content=image).status_code == 401
