@@ -21,7 +21,6 @@ KEY = "cellray.key"  # in a request's scope: the name of its key, "" where none 
 OPEN_PATHS = ("", "/", "/docs", "/openapi.json", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 OPEN_BELOW = "/web/"
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  # in Ray's environment: Serve's proxies are HAProxy
-PROXIED = f", and behind {HAPROXY} nobody knows who calls"
 SECOND = 1_000_000_000  # ns
 POLICY = 1008  # websocket: refused
 
@@ -91,8 +90,10 @@ class Guard:
             Unauthorized, RateLimited. Forbidden: there is no keys file, and the caller is on another machine, or
             may be: HAProxy in the place of Serve's proxy calls for everybody.
         """
-        if self.keys is None and (self.proxied or not _is_loopback_peer(context.peer())):
-            raise Forbidden("the service has no keys file and answers this machine only" + self.proxied * PROXIED)
+        if self.keys is None and self.proxied:
+            raise Forbidden(f"the service has no keys file, and with {HAPROXY} nobody knows who calls by gRPC")
+        if self.keys is None and not _is_loopback_peer(context.peer()):
+            raise Forbidden("the service has no keys file and answers this machine only")
         pairs = ((key.lower(), value) for key, value in context.invocation_metadata())
         given = (value for key, value in pairs if key == "authorization")
         return self.check(value if isinstance(value, bytes) else value.encode() for value in given)

@@ -30,7 +30,8 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }  # FP16 has none
 
-OPEN = ("Check", "ServerLive", "ServerReady")  # to everybody: probes have no keys
+OPEN = ("Check", "ServerLive", "ServerReady")  # to everybody: probes have no keys,
+MOST_OPEN = 256  # bytes: and little to say
 MOST_DETAILS = 1000  # characters: they travel in a header
 
 Message = Any  # of `classes()`
@@ -47,7 +48,7 @@ def method(call: Method) -> Any:
         try:
             if draining.has_begun():
                 raise Unavailable(draining.REASON)
-            if name not in OPEN:
+            if name not in OPEN or len(request) > MOST_OPEN:
                 key = self.guard.check_grpc(grpc_context)
             async with self.service.deadline():
                 limit = self.service.limits.image_bytes

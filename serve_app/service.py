@@ -331,9 +331,9 @@ class Service:
 def _missing(handles: Sequence[DeploymentHandle]) -> list[str]:
     """Those deployments that have no replica though they should, by name."""
     apps = serve.status().applications
-    found = [apps[handle.app_name].deployments[handle.deployment_name] for handle in handles]
-    good = ["RUNNING" in one.replica_states or one.status in status.GOOD for one in found]
-    return [handle.deployment_name for handle, fine in zip(handles, good, strict=True) if not fine]
+    found = {one.deployment_name: apps[one.app_name].deployments[one.deployment_name] for one in handles}
+    idle = {name: one for name, one in found.items() if "RUNNING" not in one.replica_states}
+    return [name for name, one in idle.items() if one.status not in status.GOOD]
 
 
 def _made(image_id: str, infos: Sequence[ModelInfo]) -> list[str]:

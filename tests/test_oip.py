@@ -474,6 +474,7 @@ def test_who_may_by_grpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert call(having, "ServerMetadata", Context(near)) is status.UNAUTHENTICATED
     assert call(having, "ServerMetadata", Context(far, authorization=f"Bearer {secret}x")) is status.UNAUTHENTICATED
     assert call(having, "ServerMetadata", Context(far, authorization=f"Bearer {secret}")) is None
+    assert call(having, "Check", Context(near), health + b"\x12\xff\x01" + b"x" * 255) is status.UNAUTHENTICATED
     monkeypatch.setenv(HAPROXY, "1")
     behind = Ingress(Guard(ServiceSettings(), "127.0.0.1"))
     assert call(behind, "ServerMetadata", Context(near)) is status.PERMISSION_DENIED
