@@ -71,8 +71,8 @@ def renamed(state: State, layers: int) -> State:
 
 def built(state: State, sizes: tuple[Architecture, DetectorSizes]) -> Any:
     """CellSAM's model with these weights. Its sizes are fixed in its code: others are put there for the while."""
-    inference = importlib.import_module("cellSAM.sam_inference")
-    backbone = importlib.import_module("cellSAM.AnchorDETR.models.backbone")
+    inference: Any = importlib.import_module("cellSAM.sam_inference")
+    backbone: Any = importlib.import_module("cellSAM.AnchorDETR.models.backbone")
     sam, detector = sizes
 
     def vit_b() -> Any:

@@ -62,9 +62,9 @@ class Front:
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    bound = serve.deployment(NullEncoder, name=contract.encoder_deployment(MODEL)).bind(arguments["folder"])
-    other = serve.deployment(NullDecoder, name=contract.decoder_deployment(MODEL)).bind()
-    return serve.deployment(Front, name=contract.INGRESS).bind(bound, other)
+    bound = serve.deployment(name=contract.encoder_deployment(MODEL))(NullEncoder).bind(arguments["folder"])
+    other = serve.deployment(name=contract.decoder_deployment(MODEL))(NullDecoder).bind()
+    return serve.deployment(name=contract.INGRESS)(Front).bind(bound, other)
 
 
 def set_up() -> None:
@@ -94,7 +94,7 @@ def main(address: str, log: str) -> int:
                 "worker_process_setup_hook": "tests.faulty_job.set_up",
             }
             # Ray goes on counting the tasks of a killed driver by their function's id, which drivers do not share.
-            embed._shard._uuid = uuid.uuid4()
+            embed._shard._uuid = uuid.uuid4()  # type: ignore[attr-defined]
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
             return embed.main(json.loads(line))
         print(driver, flush=True)

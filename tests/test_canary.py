@@ -54,7 +54,7 @@ def test_a_token_is_seen_nowhere(
     assert embed.main([image, str(out), "--model", "nano", "--config", str(config)]) == 0
 
     assert {post["token"] for post in store.posts} == {CANARY}
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]
     jobs = httpx.get(f"{app.dashboard}/api/jobs/", timeout=60).text
     told = [said, jobs, json.dumps(client.get_serve_details(), default=str)]
     assert not [text[:200] for text in told if CANARY in text]

@@ -117,7 +117,7 @@ def test_refuses_what_serve_lets_through(path: list[Any], value: Any, says: str)
 
 def test_the_app_refuses_unknown_args() -> None:
     with pytest.raises(ValueError, match="extra"):
-        AppArgs(modles=["nano"])
+        AppArgs(modles=["nano"])  # type: ignore[call-arg]
 
 
 CLUSTER = ["spec", "rayClusterConfig"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -405,10 +404,9 @@ def test_take_and_join() -> None:
         planes = rng.random((number, 6, 7)) > 0.5
         counts = masks.encode(planes)
         areas, boxes = masks.areas_and_boxes(counts, (6, 7))
-        columns: list[Any] = [rng.random(number).astype(np.float32) for _ in range(2)]
-        return MaskSet(
-            (6, 7), counts, boxes, areas, *columns, np.arange(number, dtype=np.int32), rng.random((number, 4))
-        )
+        iou, stability = rng.random((2, number), np.float32)
+        order, embeddings = np.arange(number, dtype=np.int32), rng.random((number, 4))
+        return MaskSet((6, 7), counts, boxes, areas, iou, stability, order, embeddings)
 
     parts = [some(2), some(0), some(3)]
     joined = MaskSet.join((6, 7), parts, 4)

@@ -172,10 +172,10 @@ def test_every_way_of_saving_gives_the_same_state(peer: SamModel, saved: Path, w
     for index, half in enumerate(halves):
         torch.save(half, tmp_path / "old" / f"pytorch_model-0000{index}.bin")
     files = {name: f"pytorch_model-0000{index}.bin" for index, half in enumerate(halves) for name in half}
-    index = tmp_path / "old" / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    listing = tmp_path / "old" / "pytorch_model.bin.index.json"
+    listing.write_text(json.dumps({"metadata": {}, "weight_map": files}))
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    for path in (saved / "model.safetensors", tmp_path / "shards", tmp_path / "bin", tmp_path / "old", index):
+    for path in (saved / "model.safetensors", tmp_path / "shards", tmp_path / "bin", tmp_path / "old", listing):
         assert equal(state.read(path), whole), path
 
 

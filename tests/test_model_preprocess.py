@@ -289,7 +289,7 @@ def test_real_files_of_every_kind(sample_images: Path) -> None:
 
 # Samples as they are kept
 
-KEPT = {
+KEPT: dict[str, tuple[bytes, np.ndarray]] = {
     "grey": (pillow(GREY, "PNG"), GREY[..., None]),
     "bilevel": (pillow(Image.fromarray(GREY > 99), "PNG"), ((GREY > 99) * np.uint8(255))[..., None]),
     "rgb": (pillow(RGB, "PNG"), RGB),

@@ -132,7 +132,7 @@ def test_serve_logs_in_json_and_no_paths(path: Path) -> None:
 
 
 def logs() -> Path:
-    return Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"  # type: ignore[attr-defined]
 
 
 def test_keys_are_asked_for_on_serve_too(guarded: httpx.Client, image: bytes) -> None:
@@ -231,7 +231,7 @@ def test_a_key_is_nowhere(app: App, guarded: httpx.Client, keys_file: Path) -> N
         assert SECRET not in answer.text + str(answer.headers)
     written = {
         path: path.read_bytes()
-        for path in Path(ray._private.worker._global_node.get_session_dir_path()).rglob("*")
+        for path in Path(ray._private.worker._global_node.get_session_dir_path()).rglob("*")  # type: ignore[attr-defined]
         if path.is_file() and not path.is_symlink()
     }
     assert any(b"GET other 401 in" in content for content in written.values())  # what should be there is

@@ -115,7 +115,7 @@ def transformers_encoder(sizes: architectures.Architecture, device: str, dtype: 
         mlp_dim=sizes.mlp_width,
         window_size=sizes.window,
         global_attn_indexes=list(sizes.global_blocks),
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     model = SamVisionModel(config).eval().to(device=device, dtype=getattr(torch, dtype))
     return lambda batch: model(batch.to(model.dtype)).last_hidden_state
@@ -164,7 +164,7 @@ def on_cpu(folder: Path, int8: bool) -> Contenders:
 
     reference = ReferenceEncoder(folder, "cpu")
     card, size = reference.card, reference.card.architecture.image_size
-    stock = convert(folder, card)
+    stock = convert(folder, card, checkpoint.ENCODER)
     found: Contenders = {(STOCK, "float32"): reference.encode}
     for dtype in ("float32", *(["bfloat16"] if supports_bfloat16() else [])):
         found[OURS, dtype] = OpenVINOEncoder(folder, "cpu", dtype).encode

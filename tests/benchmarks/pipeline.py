@@ -79,9 +79,9 @@ class Front:
 
 def build(arguments: dict[str, Any]) -> Application:
     """The app of LOCAL with a model of which nothing is computed, for images whose long side is `input` pixels."""
-    bound = serve.deployment(NullEncoder, name=contract.encoder_deployment(NULL)).bind(arguments["input"])
-    other = serve.deployment(NullDecoder, name=contract.decoder_deployment(NULL)).bind(arguments["input"])
-    return serve.deployment(Front, name=contract.INGRESS).bind(bound, other)
+    bound = serve.deployment(name=contract.encoder_deployment(NULL))(NullEncoder).bind(arguments["input"])
+    other = serve.deployment(name=contract.decoder_deployment(NULL))(NullDecoder).bind(arguments["input"])
+    return serve.deployment(name=contract.INGRESS)(Front).bind(bound, other)
 
 
 def app(model: str, config: str | None = None, side: int = INPUT) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Bare:
 
 
 def bare(_: dict[str, Any]) -> Application:
-    return serve.deployment(Bare, name="bare").bind()
+    return serve.deployment(name="bare")(Bare).bind()
 
 
 def main() -> None:
