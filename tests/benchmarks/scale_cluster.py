@@ -296,6 +296,7 @@ def project(fitted: Cluster, model: str, gpus: int, driver: Driver, shard_s: flo
         end_s=driver.shard_s,
     )
     found = BATCH * batches_a_second(setup, min(60.0, max(5.0, MOST_BATCHES / (gpus * rate / BATCH))))
+    found = min(found, images / (driver.shard_s + words * driver.word_s))  # a run may be shorter than a shard
     puts = found / images * (np.ceil(images * OUT_BYTES / PART_BYTES) + PUTS_A_SHARD)
     hour = GPU_HOUR * gpus + CORE_HOUR * found * CPU_MS / 1000
     shares = {
