@@ -4,7 +4,7 @@
 
 Redis is Debian's redis-server. Nodes, app and load are those of tests.benchmarks.nodes, but the head has no replicas,
 all nodes have a proxy, at one port, and the job is submitted, its driver on a node that stays: the head has an address
-of its own, since Ray takes a driver to any raylet of its address. Nodes wait WAIT_S for a head.
+of its own, and JOIN names the others', since Ray takes a driver to its machine's head. Nodes wait WAIT_S for a head.
 
 What is lost: rows that jobs.verify or a count miss, requests whose caller, the product's client, saw an error, and
 replicas that are not those of before. well_s: from the new head's first answer until Serve says that all run.
@@ -45,6 +45,8 @@ from tests.s3 import ROOT
 
 WAIT_S, AFTER, TRIES, JOB_S = 600, 0.2, 6, 420.0
 DRIVERS, HEAD = "drivers", "127.0.0.2"  # a resource of every node but the head; and the head's address
+JOIN = """import ray, sys; from jobs import embed
+ray.init(_node_ip_address=ray.util.get_node_ip_address(), log_to_driver=False); sys.exit(embed.main(sys.argv[1:]))"""
 EACH = {"object_store_memory": nodes.OBJECT_STORE_BYTES, "dashboard_agent_listen_port": 0}
 WANTED = dict.fromkeys(("rows_lost", "rows_twice", "verify_faults", "http_lost", "replicas_lost"), 0.0)
 
@@ -132,7 +134,7 @@ def lose(folder: Path, images: int, away_s: float) -> dict[str, float]:
     port, settings, out = free_port(), folder / "cellray.yaml", folder / "out"
     settings.write_text(yaml.safe_dump({"models": sleeping.models([MODEL])}))
     app = nodes.app(settings, port) | {"proxy_location": "EveryNode"}
-    words = [sys.executable, "-m", "jobs.embed", str(folder / "images"), str(out), "--model", MODEL]
+    words = [sys.executable, "-c", JOIN, str(folder / "images"), str(out), "--model", MODEL]
     words += ["--config", str(settings), "--parallel", str(PARALLEL), "--shard-images", str(SHARD_IMAGES)]
     dashboard_port = free_port()
     dashboard = f"http://127.0.0.1:{dashboard_port}"
