@@ -67,8 +67,12 @@ class Server:
         return {"embedding_id": identity, "masks": rows}
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, float]:
-        masks, scores, _ = self.predictor.predict(points, np.ones(len(points)), multimask_output=False)
-        return masks[0], float(scores[0])
+        """As SamPredictor.predict, which cannot give NumPy its scores in bfloat16."""
+        predictor = self.predictor
+        coordinates = torch.as_tensor(predictor.transform.apply_coords(points, predictor.original_size)).float()
+        labels = torch.ones(1, len(points), dtype=torch.int)
+        masks, scores, _ = predictor.predict_torch(coordinates[None], labels, multimask_output=False)
+        return masks[0, 0].numpy(), float(scores[0, 0])
 
     def keep(self, identity: str) -> None:
         predictor = self.predictor
