@@ -12,7 +12,8 @@ does with batches of CLIENTS, in turns. click_bytes: a click's bytes on the wire
 overload: vit_b in bfloat16 on /v1/embed. First what CLIENTS waiting clients get (peak), then five times that rate,
 whoever has been answered. goodput_5x: images a second then, of peak. reject_p99_ms: until a refused request is told so.
 peers: 90 % clicks, 10 % new images, vit_b, CLIENTS clients, against tests/benchmarks/plain_server.py with the same
-weights, in float32 and in bfloat16. vs_plain_server: requests a second, of the better of its two rows.
+weights, in float32 and in bfloat16. vs_plain_server: requests a second, of the better of its two rows. …_click_…, …_image_…: of both
+kinds apart.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ WANTED = {
     "vs_plain_server": 2.0,
 }
 CLIENTS, TURNS = 8, 3
+CLICK_BYTES = 1000  # a click's body, at most; a new image's is larger
 WARM, SOAK = 1000, 10_000
 JSON = {"content-type": "application/json"}
 DTYPES = ("float32", "bfloat16")
@@ -240,6 +242,10 @@ class Bench:
             for name, results in (("cellray", ours), ("plain", plain)):
                 rates[f"{name}_{dtype}"] = len(results) / _span(results)
                 figures[f"{name}_{dtype}_p99_ms"] = _percentile(results, 99)
+                images = [one for one in results if one["sent"] > CLICK_BYTES]
+                clicks = [one for one in results if one["sent"] <= CLICK_BYTES]
+                figures[f"{name}_{dtype}_click_p50_ms"] = _percentile(clicks, 50)
+                figures[f"{name}_{dtype}_image_p50_ms"] = _percentile(images, 50)
         best = max(DTYPES, key=lambda dtype: rates[f"plain_{dtype}"])
         figures |= {f"{name}_requests_s": rate for name, rate in rates.items()}
         return {**figures, "vs_plain_server": rates[f"cellray_{best}"] / rates[f"plain_{best}"]}
