@@ -12,8 +12,8 @@ does with batches of CLIENTS, in turns. click_bytes: a click's bytes on the wire
 overload: vit_b in bfloat16 on /v1/embed. First what CLIENTS waiting clients get (peak), then five times that rate,
 whoever has been answered. goodput_5x: images a second then, of peak. reject_p99_ms: until a refused request is told so.
 peers: 90 % clicks, 10 % new images, vit_b, CLIENTS clients, against tests/benchmarks/plain_server.py with the same
-weights, in float32 and in bfloat16. vs_plain_server: requests a second, of the better of its two rows. …_click_…, …_image_…: of both
-kinds apart.
+weights, in float32 and in bfloat16. vs_plain_server: requests a second, of the better of its two rows.
+…_click_…, …_image_…: of both kinds apart.
 """
 
 from __future__ import annotations
