@@ -16,7 +16,7 @@ from cluster.errors import CellrayError
 from serve_app import journal
 from tests import deploy_commands as commands
 from tests.deploy_files import AWS, PROMETHEUS, RULES, SERVICE, Files, parsed
-from tests.deploy_pods import kubernetes, together
+from tests.deploy_pods import KEEPALIVE, kubernetes, together
 from tests.deploy_serve import room, serve_app
 
 SCRAPE = {
@@ -115,6 +115,8 @@ def aws(config: Any) -> Iterator[str]:
     )
     if options.pop("RAY_AUTH_MODE", "") != "token" or "/home/cellray/.ray" not in config["file_mounts"]:
         yield "nodes have no token"
+    if {key: options.pop(key, "") for key in KEEPALIVE} != KEEPALIVE:
+        yield "a silent node is not noticed"
     paths = {value for value in options.values() if value.startswith("/")}
     if not all(path.startswith(tuple(config["file_mounts"])) for path in paths) or set(options) != {
         settings.CONFIG_VARIABLE, "DEEPCELL_ACCESS_TOKEN_FILE", "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE",

@@ -18,6 +18,7 @@ FOREIGN = [{"app.kubernetes.io/name": name} for name in ("kuberay-operator", "pr
 QUANTITIES = {"cpu": r"\d+m?", "memory": r"\d+[MG]i", "nvidia.com/gpu": r"\d", "storage": r"\d+Gi"}
 PORTS = {"gcs-server": 6379, "redis": 6379, "dashboard": 8265, "serve": 8000, "serve-grpc": 9000, "https": 8443}
 FILES = {"haproxy": {"/usr/local/etc/haproxy/haproxy.cfg", "/etc/haproxy/tls/tls.pem"}}  # by container: what it opens
+KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "15000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
 WORDS = {  # of Kubernetes' API, which its schema only describes
     "operator": {"Exists", "Equal"},
     "effect": {"NoSchedule"},
@@ -161,7 +162,10 @@ def _environment(name: str, env: Any, mounts: Any) -> Iterator[str]:
     values = {one["name"]: one.get("value", "") for one in env}
     settings.load(environ={key: value for key, value in values.items() if key != settings.CONFIG_VARIABLE})
     known = {"AWS_SHARED_CREDENTIALS_FILE", "DEEPCELL_ACCESS_TOKEN_FILE", "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"}
-    if unknown := {key for key in values if not key.startswith(settings.ENV_PREFIX)} - known:
+    keepalive = {key: value for key, value in values.items() if key in KEEPALIVE}
+    if keepalive and keepalive != KEEPALIVE:
+        yield f"{name}: a silent node is noticed by {keepalive}"
+    if unknown := {key for key in values if not key.startswith(settings.ENV_PREFIX)} - known - set(KEEPALIVE):
         yield f"{name}: variables {unknown}"
     paths = [mount["mountPath"] for mount in mounts]
     most = str(settings.Limits().image_bytes)
