@@ -163,7 +163,7 @@ def _environment(name: str, env: Any, mounts: Any) -> Iterator[str]:
     settings.load(environ={key: value for key, value in values.items() if key != settings.CONFIG_VARIABLE})
     known = {"AWS_SHARED_CREDENTIALS_FILE", "DEEPCELL_ACCESS_TOKEN_FILE", "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"}
     keepalive = {key: value for key, value in values.items() if key in KEEPALIVE}
-    if keepalive and keepalive != KEEPALIVE:
+    if name.startswith("ray-") and keepalive != KEEPALIVE:
         yield f"{name}: a silent node is noticed by {keepalive}"
     if unknown := {key for key in values if not key.startswith(settings.ENV_PREFIX)} - known - set(KEEPALIVE):
         yield f"{name}: variables {unknown}"

@@ -142,6 +142,7 @@ def test_keys_are_asked_for_on_serve_too(guarded: httpx.Client, image: bytes) ->
     assert bare.get("/").status_code in (200, 307)
     assert bare.get("/readyz").json() == {"status": "ready"}
     assert bare.get("/openapi.json").json()["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert bare.get("/v1/images").status_code == 401
     for path in ("/v1/models", "/metrics"):
         assert bare.get(path).status_code == 401, path
         assert guarded.get(path).status_code == 200, path

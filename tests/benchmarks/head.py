@@ -34,16 +34,15 @@ from typing import Any
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.verify import verify
-from serve_app import contract, dataset
 from tests.benchmarks import nodes, sleeping
 from tests.benchmarks.nano import report
 from tests.benchmarks.nodes import BACK_S, CLIENTS, MODEL, NODES, PARALLEL, POLL_S, SHARD_IMAGES, START_S, Replicas, say
 from tests.benchmarks.traffic import Traffic, write_images
 from tests.conftest import free_port
+from tests.deploy_pods import KEEPALIVE
 from tests.s3 import ROOT
 
-WAIT_S, AFTER, TRIES, JOB_S = 600, 0.2, 6, 420.0
+WAIT_S, AFTER, JOB_S = 600, 0.2, 420.0
 DRIVERS, HEAD = "drivers", "127.0.0.2"  # a resource of every node but the head; and the head's address
 JOIN = """import ray, sys; from jobs import embed
 ray.init(_node_ip_address=ray.util.get_node_ip_address(), log_to_driver=False); sys.exit(embed.main(sys.argv[1:]))"""
@@ -81,34 +80,12 @@ def cluster(head: dict[str, Any]) -> Iterator[Any]:
         shutil.rmtree(head["temp_dir"], ignore_errors=True)
 
 
-def begin_again(found: Any, head: dict[str, Any]) -> int:
-    """A new head; → how often it was tried."""
-    for tried in range(1, TRIES + 1):
-        found.head_node = None
-        try:
-            found.add_node(**head)
-            return tried
-        except Exception as error:
-            say(f"the new head did not start: {error}")
-            if found.head_node:
-                nodes.send(nodes.processes(found.head_node), signal.SIGKILL)
-            time.sleep(5)
-    raise RuntimeError(f"no head after {TRIES} tries")
-
-
-def replicas_of(dashboard: str) -> set[str]:
-    """Ids of those that run."""
-    details = Replicas(dashboard).client.get_serve_details()["applications"].get(contract.APP_NAME, {})
-    deployments = details.get("deployments", {}).values()
-    return {one["replica_id"] for each in deployments for one in each["replicas"] if one["state"] == "RUNNING"}
-
-
 def until_answered(dashboard: str) -> None:
     """Until the new head says what Serve runs. Raises what it says last."""
     deadline = time.monotonic() + BACK_S
     while True:
         try:
-            replicas_of(dashboard)
+            Replicas(dashboard).running()
             return
         except Exception:
             if time.monotonic() > deadline:
@@ -120,14 +97,11 @@ def committed(out: Path) -> int:
     return SHARD_IMAGES * len(list((out / "_records").glob("*.json")))
 
 
-def until(out: Path, images: int, most_s: float) -> list[tuple[float, int]]:
-    """(time.monotonic(), images committed) whenever there are more, until there are so many, or the time is over."""
-    steps = [(begun := time.monotonic(), committed(out))]
-    while steps[-1][1] < images and time.monotonic() < begun + most_s:
+def until(out: Path, images: int, most_s: float) -> None:
+    """Until so many are committed, or the time is over."""
+    end = time.monotonic() + most_s
+    while committed(out) < images and time.monotonic() < end:
         time.sleep(POLL_S)
-        if (now := committed(out)) > steps[-1][1]:
-            steps.append((time.monotonic(), now))
-    return steps
 
 
 def lose(folder: Path, images: int, away_s: float) -> dict[str, float]:
@@ -155,7 +129,7 @@ def lose(folder: Path, images: int, away_s: float) -> dict[str, float]:
             replicas = Replicas(dashboard)
             replicas.client.deploy_applications(app)
             replicas.until_all(START_S)
-            before = replicas_of(dashboard)
+            before = set(replicas.running("replica_id"))
             traffic.want(MODEL, CLIENTS)
             job = JobSubmissionClient(dashboard).submit_job(
                 entrypoint=shlex.join(words), entrypoint_resources={DRIVERS: 1}
@@ -168,14 +142,16 @@ def lose(folder: Path, images: int, away_s: float) -> dict[str, float]:
             nodes.send(nodes.processes(found.head_node), signal.SIGKILL)
             until(out, images, away_s)
             without = committed(out) - held
-            tries = begin_again(found, head)
+            found.head_node = None
+            found.add_node(**head)
             until_answered(dashboard)
             head_s = time.monotonic() - lost
             say(f"a new head after {head_s:.0f} s; the job committed {without} images without one")
             well_s = replicas.until_all(BACK_S)
-            same = before & replicas_of(dashboard)
+            same = before & set(replicas.running("replica_id"))
             say(f"Serve runs all replicas after {well_s:.0f} s, {len(same)} of {len(before)} are those of before")
-            steps = until(out, images, JOB_S)
+            until(out, images, JOB_S)
+            done = time.monotonic()
             deadline, client = time.monotonic() + 60, JobSubmissionClient(dashboard)
             while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < deadline:
                 time.sleep(1)
@@ -186,27 +162,17 @@ def lose(folder: Path, images: int, away_s: float) -> dict[str, float]:
                 subprocess.run(words, env=again, check=True, timeout=JOB_S, stdout=sys.stderr)
             ended = time.monotonic()
             traffic.want(MODEL, 0)
-    rows = dataset.open(str(out))
-    faults = list(verify(rows, lambda _: None))
-    for problem in [*faults, *(call.error for call in traffic.calls if call.error)]:
-        say(problem)
-    uris = rows.table(dataset.EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()
     answers = [call.start + call.seconds for call in traffic.calls if not call.error]
     return {
-        "rows": len(uris),
-        "rows_lost": images - len(set(uris)),
-        "rows_twice": len(uris) - len(set(uris)),
-        "verify_faults": sum("in no record" not in fault for fault in faults),
+        **nodes.outcome(out, images, traffic),
         "replicas_lost": len(before) - len(same),
         "head_s": head_s,
-        "head_tries": tries,
         "well_s": well_s,
         "images_without": without,
         "job_ended": float(status is JobStatus.SUCCEEDED),
-        "job_s_after": steps[-1][0] - lost,
+        "job_s_after": done - lost,
         "http_gap_s_before": nodes.gap(answers, begun, lost),
         "http_gap_s": nodes.gap(answers, lost, ended),
-        **traffic.figures(),
     }
 
 
@@ -215,7 +181,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1500, help="of the job (default: %(default)s)")
     parser.add_argument("--away", type=float, default=20.0, help="seconds without a head (default: %(default)s)")
     arguments = parser.parse_args()
-    os.environ |= {**sleeping.environment(str(ROOT), nodes.ENCODE_S, nodes.DECODE_S), **nodes.NOTICE}
+    os.environ |= {**sleeping.environment(str(ROOT), nodes.ENCODE_S, nodes.DECODE_S), **KEEPALIVE}
     os.environ |= {"RAY_gcs_rpc_server_reconnect_timeout_s": str(WAIT_S), "RAY_prestart_worker_first_driver": "0"}
     with tempfile.TemporaryDirectory(prefix="cellray-bench-") as temporary:
         write_images(Path(temporary) / "images", arguments.images)

@@ -7,7 +7,7 @@ encoders, two decoders and two ingresses; encoders sleep ENCODE_S an image. The 
 many of the others as any. The GPU that is free takes the encoder that is lost.
 
 killed: SIGKILL to the raylet and all its workers at once. silent: SIGSTOP, as where a machine loses its network: nobody
-closes a connection; what is stopped is killed in the end. All of Ray runs with NOTICE in its environment, without which
+closes a connection; what is stopped is killed in the end. All of Ray runs with deploy/'s KEEPALIVE; without it
 (--slow) a silent node's tasks are given up only after seven minutes: Ray asks after five whether a connection lives.
 What is lost: rows that jobs.verify or a count miss, and requests whose caller, the product's client, saw an error.
 …_replicas_back_s: until all replicas run, none of them there. …_http_gap_s, …_job_gap_s: the longest that no request
@@ -48,10 +48,10 @@ from tests.benchmarks import sleeping
 from tests.benchmarks.nano import report
 from tests.benchmarks.traffic import Traffic, write_images
 from tests.conftest import free_port
+from tests.deploy_pods import KEEPALIVE
 from tests.s3 import ROOT
 
 WAYS = {"killed": signal.SIGKILL, "silent": signal.SIGSTOP}
-NOTICE = {"RAY_grpc_client_keepalive_time_ms": "15000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
 ENCODE_S, DECODE_S = 0.05, 0.01
 MODEL, REPLICAS, NODES = "nano", 2, 3
 CLIENTS, PARALLEL, SHARD_IMAGES = 4, 4, 32
@@ -100,11 +100,11 @@ class Replicas:
     def __init__(self, dashboard: str) -> None:
         self.client = ServeSubmissionClient(dashboard)
 
-    def running(self) -> list[tuple[str, str]]:
-        """(deployment, node id) of each."""
+    def running(self, what: str = "node_id") -> list[tuple[str, str]]:
+        """(deployment, node id) of each; or in place of the latter, `what` Serve's details have."""
         details = self.client.get_serve_details()["applications"].get(contract.APP_NAME, {})
         return [
-            (name, replica["node_id"])
+            (name, replica[what])
             for name, deployment in details.get("deployments", {}).items()
             for replica in deployment["replicas"]
             if replica["state"] == "RUNNING"
@@ -182,6 +182,22 @@ def gap(moments: list[float], start: float, end: float) -> float:
     return max(later - one for one, later in pairwise(inside))
 
 
+def outcome(out: Path, images: int, traffic: Traffic) -> dict[str, float]:
+    """What became of the job's rows and of the requests; what went wrong is said."""
+    found = dataset.open(str(out))
+    faults = list(verify(found, lambda _: None))
+    for problem in [*faults, *(call.error for call in traffic.calls if call.error)]:
+        say(problem)
+    uris = found.table(dataset.EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()
+    return {
+        "rows": len(uris),
+        "rows_lost": images - len(set(uris)),
+        "rows_twice": len(uris) - len(set(uris)),
+        "verify_faults": sum("in no record" not in fault for fault in faults),
+        **traffic.figures(),
+    }
+
+
 def lose(folder: Path, way: str, images: int) -> dict[str, float]:
     port, settings, out = free_port(), folder / "cellray.yaml", folder / f"out-{way}"
     settings.write_text(yaml.safe_dump({"models": sleeping.models([MODEL])}))
@@ -212,18 +228,10 @@ def lose(folder: Path, way: str, images: int) -> dict[str, float]:
                 traffic.want(MODEL, 0)
         finally:
             send(stopped, signal.SIGKILL)
-    found = dataset.open(str(out))
-    faults = list(verify(found, lambda _: None))
-    for problem in [*faults, *(call.error for call in traffic.calls if call.error)]:
-        say(problem)
-    uris = found.table(dataset.EMBEDDINGS, ["image_uri"])["image_uri"].to_pylist()
     answers = [call.start + call.seconds for call in traffic.calls if not call.error]
     steps = [at for at, _ in job.done]
     figures = {
-        "rows": len(uris),
-        "rows_lost": images - len(set(uris)),
-        "rows_twice": len(uris) - len(set(uris)),
-        "verify_faults": sum("in no record" not in fault for fault in faults),
+        **outcome(out, images, traffic),
         "job_seconds": ended - begun,
         "images_after": images - already,
         "replicas_back_s": back,
@@ -231,7 +239,6 @@ def lose(folder: Path, way: str, images: int) -> dict[str, float]:
         "http_gap_s": gap(answers, lost, ended),
         "job_gap_s_before": gap(steps, job.done[1][0], lost),
         "job_gap_s": gap(steps, lost, ended),
-        **traffic.figures(),
     }
     return {f"{way}_{name}": value for name, value in figures.items()}
 
@@ -240,9 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), help="(default: both)")
     parser.add_argument("--images", type=int, default=600, help="of the job (default: %(default)s)")
-    parser.add_argument("--slow", action="store_true", help="without NOTICE")
+    parser.add_argument("--slow", action="store_true", help="without KEEPALIVE")
     arguments = parser.parse_args()
-    os.environ |= {} if arguments.slow else NOTICE
+    os.environ |= {} if arguments.slow else KEEPALIVE
     os.environ |= {**sleeping.environment(str(ROOT), ENCODE_S, DECODE_S), "RAY_prestart_worker_first_driver": "0"}
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cellray-bench-") as temporary:
